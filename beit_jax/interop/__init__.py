@@ -1,0 +1,1 @@
+"""Foreign weights: one two-way name table per family."""

@@ -1,0 +1,117 @@
+"""Every key that a recipe may set, with its unit and its default.
+
+`get_config` returns the tree locked: a recipe or a command line can change a value, never invent a
+key, so a misspelt `--config.x` fails at once. Nothing here is derived: steps, warm-up, the number of
+masked patches and the tokenizer's view are worked out after all overrides, by the code that needs
+them. The defaults are the ones shared by the published BEiT recipes; a recipe says the rest.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the locked tree of all keys."""
+    config = ConfigDict()
+    config.task = "mim"  # dvae | mim | classify
+    config.seed = 0
+
+    config.data = data = ConfigDict()
+    data.source = "tfds:imagenet2012"  # digits | folder:PATH | tfds:NAME[/CONFIG][:VERSION]
+    data.data_dir = ""  # where TFDS datasets lie; "" is TFDS's own default, $TFDS_DATA_DIR or ~
+    data.train_split = "train"
+    data.eval_split = "validation"  # read by evaluation; TFDS slices such as train[99%:] work
+    data.holdout = 0.05  # share of a folder without train/ and validation/ that is held out
+    data.labels_per_class = 0  # seeded, balanced subset of the training split; 0 takes all of it
+    data.image_size = (224, 224)  # pixels, height and width
+    data.channels = 3
+    data.max_value = 65535  # the value of 16-bit sources that becomes 255
+    data.interpolation = "bicubic"
+    data.crop_scale = (0.08, 1.0)  # share of the image's area in a random resized crop
+    data.crop_ratio = (3 / 4, 4 / 3)  # width over height of that crop
+    data.flip = 0.5  # probability of a horizontal flip
+    data.color_jitter = 0.4  # brightness, contrast and saturation; 0 switches it off
+    data.eval_crop = 0.875  # the centre crop's share of the resized shorter side
+    data.workers = 16  # threads that read and decode
+    data.max_bad_share = 0.01  # share of unreadable images that is still tolerated
+
+    config.model = model = ConfigDict()  # the vision transformer
+    model.patch_size = 16  # pixels
+    model.width = 768
+    model.depth = 12
+    model.heads = 12
+    model.mlp_ratio = 4.0
+    model.positions = "shared_relative"  # absolute, relative, shared_relative, or absolute+relative
+    model.layer_scale = 0.1  # initial value; 0 leaves LayerScale out
+    model.drop_path = 0.1  # of the last block; linear over depth from 0
+    model.pooling = "mean"  # classify: mean (of patches, own norm) | cls
+    model.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; one number serves all channels
+    model.std = (0.229, 0.224, 0.225)
+    model.dtype = "bfloat16"  # compute; parameters stay float32
+    model.remat = False  # recompute each block in the backward pass: less memory, more FLOPs
+
+    config.dvae = dvae = ConfigDict()
+    dvae.vocabulary = 8192
+    dvae.width = 256  # channels of the first group; doubled by each group
+    dvae.groups = 4  # each but the last halves height and width: 4 groups are 8x down
+    dvae.blocks_per_group = 2
+    dvae.decoder_input = 128  # channels after the decoder's first convolution
+    dvae.dtype = "bfloat16"
+    dvae.temperature = (1.0, 1 / 16)  # Gumbel-softmax, from and to, cosine
+    dvae.temperature_steps = 150_000  # updates
+    dvae.kl_weight = 6.6
+    dvae.kl_steps = 5_000  # updates over which the weight rises from 0, cosine
+
+    config.tokenizer = tokenizer = ConfigDict()
+    tokenizer.path = ""  # a dVAE's run folder
+    tokenizer.interpolation = "lanczos"  # of the view that the tokenizer sees
+
+    config.init = init = ConfigDict()
+    init.path = ""  # a run folder whose encoder is the starting point
+
+    config.mask = mask = ConfigDict()
+    mask.kind = "blockwise"  # blockwise | random
+    mask.share = 75 / 196  # of the patches; rounded to a whole number of patches
+    mask.min_block = 16  # patches
+    mask.aspect = 0.3  # least aspect ratio of a block; the largest is its inverse
+
+    config.classify = classify = ConfigDict()
+    classify.label_smoothing = 0.1
+    classify.head_scale = 0.001  # factor on the head's initial weights
+
+    config.optimizer = optimizer = ConfigDict()  # AdamW
+    optimizer.learning_rate = 1.5e-3  # peak
+    optimizer.reference_batch = 0  # where the rate is quoted for; 0: absolute, not scaled by batch
+    optimizer.final_learning_rate = 1e-5
+    optimizer.warmup_epochs = 10.0
+    optimizer.warmup_steps = 0  # updates; overrides warmup_epochs where above 0
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.999
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.05
+    optimizer.clip = 3.0  # global gradient norm; 0 switches it off
+    optimizer.layer_decay = 1.0  # factor on the learning rate per block away from the head
+
+    config.train = train = ConfigDict()
+    train.batch_size = 2048  # images of one update, over all devices and microbatches
+    train.epochs = 800.0
+    train.steps = 0  # updates; overrides epochs where above 0
+    train.accumulate = 1  # microbatches of one update
+    train.ema_decay = 0.0  # of the averaged weights, which evaluation then reads; 0: none
+    train.log_every = 50  # updates
+    train.eval_every = 0  # updates; 0 evaluates at the end only
+    train.checkpoint_every = 2_500  # updates
+    train.keep = 2  # newest checkpoints; the best is kept beside them
+    train.max_skipped = 20  # non-finite updates in a row that end the run
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.batch_size = 256
+    evaluation.best = "loss"  # the evaluation metric that chooses the best checkpoint
+    evaluation.maximize = False  # whether a larger value of it is better
+    evaluation.knn = 0  # neighbours of the feature evaluation on labelled sources; 0: none
+    evaluation.probe = False  # linear probe on frozen features, likewise
+
+    config.mesh = mesh = ConfigDict()
+    mesh.fsdp = 1  # devices that share one copy of the parameters; the rest is data-parallel
+
+    config.lock()
+    return config
