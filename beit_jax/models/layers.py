@@ -1,0 +1,230 @@
+"""The transformer's parts: patch embedding, attention with relative position bias, MLP, block.
+
+Parameters are float32 throughout; `dtype` is that of the computation. Softmax, the statistics of
+LayerNorm and the sums of the output heads stay float32 whatever it is.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn import initializers
+
+from beit_jax.errors import UserError
+
+Initializer = initializers.Initializer
+LayerNorm = partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
+float32_sums = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+
+
+def clipped_normal(key, shape, dtype=jnp.float32) -> jax.Array:
+    """Normal of deviation 0.02 cut at +-1 deviation, which leaves a deviation of about 0.0108.
+
+    Source: `trunc_normal_` of beit/modeling_pretrain.py, lines 21-22.
+    """
+    return 0.02 * jax.random.truncated_normal(key, -1.0, 1.0, shape, dtype)
+
+
+def uniform_bias(fan_in: int) -> Initializer:
+    """PyTorch's default for the bias of a convolution: uniform within 1/sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+class Init(NamedTuple):
+    """How a transformer's weights start; biases, gains and tables are the same for all."""
+
+    weight: Initializer  # linear layers, tokens, absolute positions, heads
+    patch_kernel: Initializer
+    patch_bias: Callable[[int], Initializer]  # of the patch's number of values
+
+
+# Masked image modelling, beit/modeling_pretrain.py lines 70-97.
+MIM_INIT = Init(clipped_normal, clipped_normal, lambda fan_in: initializers.zeros)
+# Classifiers, VQ-KD and segmentation, beit/modeling_finetune.py lines 289-317: the cut at +-2 (not
+# +-2 deviations) never bites, and the patch embedding keeps PyTorch's Kaiming uniform, a = sqrt(5).
+FINETUNE_INIT = Init(
+    initializers.normal(0.02),
+    initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+    uniform_bias,
+)
+
+
+def scaled(init: Initializer, factor: float) -> Initializer:
+    """An initialiser's draw times a factor."""
+    return lambda key, shape, dtype=jnp.float32: init(key, shape, dtype) * factor
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of non-overlapping square patches.
+
+    images [B, H, W, ch] -> [B, N, D] in row-major order; H and W must be multiples of `patch_size`.
+    """
+
+    patch_size: int
+    width: int
+    init: Init
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        size, (batch, height, width, channels) = self.patch_size, images.shape
+        if height % size or width % size:
+            raise UserError(
+                f"config.data.image_size of {height}x{width} pixels is not a whole number of "
+                f"patches of {size}x{size}: change it or config.model.patch_size"
+            )
+        shape = (size, size, channels, self.width)
+        kernel = self.param("kernel", self.init.patch_kernel, shape)
+        bias = self.param("bias", self.init.patch_bias(size * size * channels), (self.width,))
+        # Same sums as the usual strided convolution, but one matrix product on every backend.
+        x = images.reshape(batch, height // size, size, width // size, size, channels)
+        x = x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
+        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+        return x @ kernel.reshape(-1, self.width) + bias[None, None]
+
+
+def relative_position_rows(grid: tuple[int, int]) -> int:
+    """Rows of a relative position table: one per offset of two patches, and three for CLS."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
+def relative_position_index(grid: tuple[int, int]) -> jax.Array:
+    """Which row of the table belongs to each pair of tokens: int32 [L, L], query first.
+
+    Patches at an offset (query minus key) of (r, c) share row (r + h-1) * (2w-1) + (c + w-1). The
+    last three rows are CLS to patch, patch to CLS, and CLS to itself.
+    Source: beit/modeling_finetune.py, lines 94-110, here for any grid.
+    """
+    height, width = grid
+    position = jnp.arange(height * width, dtype=jnp.int32)
+    row, column = position // width, position % width
+    row = row[:, None] - row[None, :] + height - 1
+    column = column[:, None] - column[None, :] + width - 1
+    index = jnp.pad(row * (2 * width - 1) + column, ((1, 0), (1, 0)))
+    rows = relative_position_rows(grid)
+    # The corner belongs to all three, so it is written last.
+    return index.at[0, :].set(rows - 3).at[:, 0].set(rows - 2).at[0, 0].set(rows - 1)
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias per head and relative position: () -> float32 [heads, L, L], zero at first."""
+
+    grid: tuple[int, int]
+    heads: int
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        shape = (relative_position_rows(self.grid), self.heads)
+        table = self.param("table", initializers.zeros, shape)
+        return jnp.moveaxis(table[relative_position_index(self.grid)], -1, 0)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases on queries and values, none on keys.
+
+    x [B, L, D], bias float32 [heads, L, L] or None -> [B, L, D]. `relative_grid` adds a table of
+    this layer's own. Queries are scaled before the product, the bias is added unscaled.
+    Source: beit/modeling_finetune.py, lines 78-142.
+    """
+
+    heads: int
+    relative_grid: tuple[int, int] | None = None
+    output_scale: float = 1.0  # of the output projection's initial weights
+    init: Init = MIM_INIT
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        batch, length, width = x.shape
+        dense = partial(nn.Dense, dtype=self.dtype)
+        q_bias = self.param("q_bias", initializers.zeros, (width,))
+        v_bias = self.param("v_bias", initializers.zeros, (width,))
+        qkv = dense(3 * width, use_bias=False, kernel_init=self.init.weight, name="qkv")(x)
+        qkv_bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
+        qkv = (qkv + qkv_bias[None, None]).reshape(batch, length, 3, self.heads, -1)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q = q * q.shape[-1] ** -0.5
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias[None]
+        if self.relative_grid is not None:
+            table = RelativePositionBias(
+                self.relative_grid, self.heads, name="relative_position_bias"
+            )
+            logits = logits + table()[None]
+        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+        x = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
+        return dense(width, kernel_init=scaled(self.init.weight, self.output_scale), name="proj")(x)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact (erf) GELU between: [..., D] -> [..., D]."""
+
+    hidden: int
+    output_scale: float = 1.0  # of the second layer's initial weights
+    init: Init = MIM_INIT
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dense = partial(nn.Dense, dtype=self.dtype)
+        y = dense(self.hidden, kernel_init=self.init.weight, name="fc1")(x)
+        y = nn.gelu(y, approximate=False)
+        out = scaled(self.init.weight, self.output_scale)
+        return dense(x.shape[-1], kernel_init=out, name="fc2")(y)
+
+
+def drop_path(keys: jax.Array, rate: float) -> jax.Array:
+    """Stochastic depth's factors for a block's two branches: float32 [B, 2], 0 or 1 / (1 - rate).
+
+    Row b is drawn from keys[b] alone, so neither the batch's size nor its sharding changes it.
+    Source: Huang et al. 2016, with the inverse scaling of timm's `drop_path`.
+    """
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (2,)))(keys)
+    return keep / (1 - rate)
+
+
+class Block(nn.Module):
+    """A pre-norm block: x += s1 * gamma_1 * attn(norm1(x)); x += s2 * gamma_2 * mlp(norm2(x)).
+
+    x [B, L, D], bias float32 [heads, L, L] or None, keys [B] or None -> [B, L, D]. The factors s
+    are those of `drop_path` with keys, else 1; gamma (LayerScale) exists where `layer_scale` is
+    above 0. Source: beit/modeling_finetune.py, lines 169-182.
+    """
+
+    heads: int
+    mlp_ratio: float = 4.0
+    layer_scale: float = 0.0
+    drop_path: float = 0.0
+    relative_grid: tuple[int, int] | None = None
+    output_scale: float = 1.0
+    init: Init = MIM_INIT
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, bias: jax.Array | None = None, keys: jax.Array | None = None
+    ) -> jax.Array:
+        width = x.shape[-1]
+        shared = {"output_scale": self.output_scale, "init": self.init, "dtype": self.dtype}
+        attn = Attention(self.heads, relative_grid=self.relative_grid, name="attn", **shared)
+        mlp = Mlp(int(width * self.mlp_ratio), name="mlp", **shared)
+        norm = partial(LayerNorm, dtype=self.dtype)
+        factors = None if keys is None or self.drop_path == 0 else drop_path(keys, self.drop_path)
+        x = x + self._scale(attn(norm(name="norm1")(x), bias), factors, 1)
+        return x + self._scale(mlp(norm(name="norm2")(x)), factors, 2)
+
+    def _scale(self, branch: jax.Array, factors: jax.Array | None, number: int) -> jax.Array:
+        if self.layer_scale > 0:
+            gain = initializers.constant(self.layer_scale)
+            gamma = self.param(f"gamma_{number}", gain, (branch.shape[-1],))
+            branch = branch * gamma.astype(self.dtype)[None, None]
+        if factors is not None:
+            branch = branch * factors[:, number - 1, None, None].astype(self.dtype)
+        return branch
