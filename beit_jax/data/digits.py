@@ -1,0 +1,50 @@
+"""scikit-learn's handwritten digits as a TFDS data set: real images with nothing to download."""
+
+import numpy as np
+
+from beit_jax.data.record import Record
+from beit_jax.data.tfds_store import dataset_dir, write_dataset
+
+NAME = "digits"
+SPLITS = {"train": 1097, "validation": 350, "test": 350}  # of 1,797 images
+CLASSES = tuple(str(digit) for digit in range(10))
+_DESCRIPTION = "scikit-learn's digits: 1,797 handwritten digits of 8x8 pixels, grey values 0 to 16."
+_SEED = 0  # of the split; part of the data set, so no setting
+
+
+def ensure_digits(data_dir: str) -> None:
+    """Writes the digits into `data_dir` unless they are there; several processes may do so."""
+    if not dataset_dir(NAME, data_dir).exists():
+        write_digits(data_dir)
+
+
+def write_digits(data_dir: str, name: str = NAME):
+    """Writes the digits as the TFDS data set `name` and returns its folder."""
+    return write_dataset(
+        name, data_dir, digits(), class_names=CLASSES, channels=1, description=_DESCRIPTION
+    )
+
+
+def digits() -> dict[str, list[Record]]:
+    """The three splits, each with the classes in their proportions; pixels uint8 [8, 8].
+
+    Grey values 0 to 16 are spread over 0 to 255.
+    """
+    from sklearn.datasets import load_digits  # takes a second, which only the first use should pay
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    rest, splits = np.arange(len(images)), {}
+    for split in ("test", "validation"):
+        rest, chosen = train_test_split(
+            rest, test_size=SPLITS[split], stratify=bunch.target[rest], random_state=_SEED
+        )
+        splits[split] = np.sort(chosen)
+    splits["train"] = np.sort(rest)
+    return {
+        split: [
+            Record(images[i], int(bunch.target[i]), f"digit_{i:04d}.png") for i in splits[split]
+        ]
+        for split in SPLITS
+    }

@@ -1,0 +1,87 @@
+"""`config.data.source` and a split to a `Source`."""
+
+import numpy as np
+
+from beit_jax.data.digits import NAME as DIGITS
+from beit_jax.data.digits import ensure_digits
+from beit_jax.data.folder import open_folder
+from beit_jax.data.record import Record, Source
+from beit_jax.data.tfds_store import TfdsSource
+from beit_jax.errors import UserError
+
+__all__ = ["Record", "Source", "few_labels", "open_source"]
+
+
+def open_source(source: str, split: str, *, data_dir: str = "", holdout: float = 0.05) -> Source:
+    """Opens a split of a data set.
+
+    Args:
+        source: `digits`, `folder:PATH` or `tfds:NAME[/CONFIG][:VERSION]`.
+        split: train, validation or test; for TFDS a slice such as `train[99%:]` too.
+        data_dir: where TFDS data sets lie; "" is TFDS's default.
+        holdout: share of a folder without train/ and validation/ that is its validation split.
+            Which images these are depends on their paths alone and on no seed, so that a
+            tokenizer never trained on what a later stage holds out.
+
+    Raises:
+        UserError: there is nothing to open; says what to do.
+    """
+    kind, _, rest = source.partition(":")
+    if source == DIGITS:
+        ensure_digits(data_dir)
+        return TfdsSource(DIGITS, split, data_dir)
+    if kind == "folder" and rest:
+        return open_folder(rest, split, holdout)
+    if kind == "tfds" and rest:
+        return TfdsSource(rest, split, data_dir)
+    raise UserError(
+        f"config.data.source is {source!r}; it must be digits, folder:PATH or "
+        "tfds:NAME[/CONFIG][:VERSION]."
+    )
+
+
+class _Subset:
+    """Some examples of a source; a `Source`."""
+
+    def __init__(self, source: Source, indices: np.ndarray, what: str):
+        self._source, self._indices = source, indices
+        self.class_names = source.class_names
+        self.description = f"{source.description}, {what}: {len(indices):,} images"
+        self.fingerprint = f"{source.fingerprint}:{what}"
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[int(self._indices[index])]
+
+    def labels(self) -> np.ndarray:
+        return self._source.labels()[self._indices]
+
+
+def few_labels(source: Source, per_class: int, seed: int) -> Source:
+    """A balanced subset with `per_class` examples of every class, in the source's order.
+
+    With the same seed, a smaller subset is part of a larger one.
+
+    Raises:
+        UserError: there are no labels, or a class has fewer examples.
+    """
+    if not source.class_names:
+        raise UserError(
+            f"config.data.labels_per_class={per_class} needs labels, and {source.description} has "
+            "none: sort the images into one sub-folder per class."
+        )
+    labels = source.labels()
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    chosen = []
+    for label, name in enumerate(source.class_names):
+        of_class = shuffled[labels[shuffled] == label]
+        if len(of_class) < per_class:
+            raise UserError(
+                f"config.data.labels_per_class is {per_class}, but class {name!r} has only "
+                f"{len(of_class)} images in {source.description}."
+            )
+        chosen.append(of_class[:per_class])
+    what = f"{per_class} labels a class of seed {seed}"
+    return _Subset(source, np.sort(np.concatenate(chosen)), what)
