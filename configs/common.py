@@ -1,9 +1,9 @@
 """Every key that a recipe may set, with its unit and its default.
 
-`get_config` returns the tree locked: a recipe or a command line can change a value, never invent a
-key, so a misspelt `--config.x` fails at once. Nothing here is derived: steps, warm-up, the number of
-masked patches and the tokenizer's view are worked out after all overrides, by the code that needs
-them. The defaults are the ones shared by the published BEiT recipes; a recipe says the rest.
+`get_config` returns the tree locked: a recipe or a command line can change a value, never invent
+a key, so a misspelt `--config.x` fails at once. Nothing here is derived: steps, warm-up, the number
+of masked patches and the tokenizer's view are worked out after all overrides, by the code that
+needs them. The defaults are those shared by the published BEiT recipes; a recipe says the rest.
 """
 
 from ml_collections import ConfigDict
@@ -109,6 +109,8 @@ def get_config() -> ConfigDict:
     evaluation.maximize = False  # whether a larger value of it is better
     evaluation.knn = 0  # neighbours of the feature evaluation on labelled sources; 0: none
     evaluation.probe = False  # linear probe on frozen features, likewise
+    evaluation.select_split = "validation"  # where these two choose block and pooling
+    evaluation.pixels = False  # score raw pixels beside the features; for small images
 
     config.mesh = mesh = ConfigDict()
     mesh.fsdp = 1  # devices that share one copy of the parameters; the rest is data-parallel

@@ -1,0 +1,241 @@
+"""Orbax checkpoints: saving and resuming a run, reading another run's weights, frozen networks.
+
+A checkpoint is a folder `checkpoints/<step>/` of separate items (params, ema_params, model_state,
+opt_state, progress), so that a later stage can read the weights alone.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from orbax.checkpoint import checkpoint_managers
+
+from beit_jax.errors import UserError
+
+PyTree = Any
+TREES = ("params", "ema_params", "model_state", "opt_state")
+COUNTERS = ("step", "skipped", "skipped_in_a_row")
+
+
+class Keeper:
+    """Saves a run's state while training goes on, and restores it on any number of devices."""
+
+    def __init__(self, run: Path, *, keep: int, best: str, maximize: bool):
+        """Keeps the newest `keep` checkpoints, and the one with the best evaluation metric `best`."""
+        self._best = best
+        policies = checkpoint_managers
+        self._manager = ocp.CheckpointManager(
+            (run / "checkpoints").resolve(),  # Orbax refuses relative paths
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(
+                            get_metric_fn=lambda scores: scores[best],
+                            reverse=not maximize,
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                best_fn=lambda scores: scores[best],
+                best_mode="max" if maximize else "min",
+                cleanup_tmp_directories=True,  # what a killed save left behind
+            ),
+        )
+
+    def latest(self) -> int | None:
+        """The newest saved update, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state, scores: dict[str, float] | None) -> None:
+        """Copies the state off the devices and writes it in the background."""
+        if scores is not None and self._best not in scores:
+            raise UserError(
+                f"config.eval.best={self._best!r} is not among the evaluation metrics "
+                f"({', '.join(sorted(scores))}); name one of them."
+            )
+        items = {name: getattr(state, name) for name in TREES}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if _leaves(tree)}
+        counters = {name: int(getattr(state, name)) for name in COUNTERS}
+        # One update consumes one global batch, so the data position is the step.
+        counters["batches"] = counters["step"]
+        self._manager.save(
+            counters["step"],
+            args=ocp.args.Composite(progress=ocp.args.JsonSave(counters), **items),
+            metrics=scores,
+        )
+
+    def restore(self, abstract):
+        """The newest state, laid out like `abstract` (a state of shapes with shardings)."""
+        step = self._manager.latest_step()
+        items = {
+            name: ocp.args.StandardRestore(getattr(abstract, name))
+            for name in TREES
+            if _leaves(getattr(abstract, name))
+        }
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(progress=ocp.args.JsonRestore(), **items)
+        )
+        counters = {
+            name: jax.device_put(
+                jnp.asarray(restored.progress[name], jnp.int32), getattr(abstract, name).sharding
+            )
+            for name in COUNTERS
+        }
+        return abstract._replace(**{name: restored[name] for name in items}, **counters)
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether any host was told to stop; all hosts answer alike."""
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+class Weights(NamedTuple):
+    """A network read from a run's folder."""
+
+    params: PyTree  # NumPy arrays
+    config: dict  # the whole resolved config of the run that trained it
+    source: str  # the checkpoint's path
+    digest: str  # SHA-256 of the parameters
+
+
+def load_weights(path: str, key: str) -> Weights:
+    """Reads the averaged weights where kept, else the plain ones, as NumPy arrays.
+
+    Args:
+      path: a run's folder (its newest checkpoint) or one of its `checkpoints/<step>` folders.
+      key: the config key that named `path`, for the error sentence.
+    """
+    folder = Path(path).expanduser().resolve()
+    if folder.parent.name == "checkpoints":
+        run, checkpoint = folder.parent.parent, folder
+    else:
+        run, checkpoint = folder, _newest(folder / "checkpoints")
+    if checkpoint is None or not checkpoint.is_dir() or not (run / "config.json").is_file():
+        raise UserError(
+            f"config.{key}={path} holds no finished checkpoint (looked for config.json and "
+            "checkpoints/<step>/ in it); train one first or name another run's folder."
+        )
+    item = "ema_params" if (checkpoint / "ema_params").is_dir() else "params"
+    params = read_tree(checkpoint / item)
+    return Weights(params, read_config(run), str(checkpoint), digest(params))
+
+
+def read_config(run: Path) -> dict:
+    """The resolved config of a run, as plain dictionaries with tuples for lists."""
+    return json.loads((run / "config.json").read_text(), object_hook=_tuples)
+
+
+def save_frozen(folder: Path, weights: Weights) -> None:
+    """Keeps a copy of a frozen network, so that the run needs nothing outside its folder."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((folder / "params").resolve(), weights.params, force=True)
+    if jax.process_index() == 0:  # written last: its presence says that the copy is whole
+        (folder / "source.json").write_text(
+            json.dumps(
+                {"source": weights.source, "sha256": weights.digest, "config": weights.config},
+                indent=2,
+            )
+        )
+
+
+def load_frozen(folder: Path) -> Weights | None:
+    """Reads a frozen network back, or None if the run holds none."""
+    if not (folder / "source.json").is_file():
+        return None
+    about = json.loads((folder / "source.json").read_text(), object_hook=_tuples)
+    params = read_tree(folder.resolve() / "params")
+    if digest(params) != about["sha256"]:
+        raise UserError(f"{folder} is damaged: its weights do not match the hash in source.json.")
+    return Weights(params, about["config"], about["source"], about["sha256"])
+
+
+def warm_start(params: PyTree, weights: Weights) -> tuple[PyTree, str]:
+    """Takes the encoder of another run into fresh parameters; heads and norms stay fresh.
+
+    A relative position table shared by all blocks is copied to each block where the new encoder has
+    one per block (official: run_class_finetuning.py, lines 330-336).
+
+    Args:
+      params: fresh parameters with an `encoder`; arrays or shapes.
+      weights: of a run that trained an encoder.
+
+    Returns:
+      the parameters, and one line that says what was taken.
+
+    Raises:
+      UserError: if a parameter of the encoder is missing from `weights` or has another shape.
+    """
+    if "encoder" not in weights.params or "encoder" not in params:
+        raise UserError(
+            f"config.init.path={weights.source} holds no encoder for this task; name a run of task "
+            "mim or classify."
+        )
+    found = flatten_dict(weights.params["encoder"], sep="/")
+    wanted = flatten_dict(params["encoder"], sep="/")
+    shared, taken = "relative_position_bias/table", {}
+    for name, leaf in wanted.items():
+        source = name
+        if name not in found and name.endswith(f"attn/{shared}") and shared in found:
+            source = shared
+        if source not in found:
+            raise UserError(
+                f"config.init.path: {weights.source} has no encoder/{name}; config.model must "
+                "describe the encoder that it holds (see its config.json)."
+            )
+        if found[source].shape != leaf.shape:
+            raise UserError(
+                f"config.init.path: encoder/{source} is {found[source].shape} in {weights.source} "
+                f"but {leaf.shape} here; config.model, config.data.image_size and "
+                "config.data.channels must be those of its config.json."
+            )
+        taken[name] = found[source]
+    unused = sorted(set(found) - set(wanted) - {"mask_token", shared})
+    report = f"{len(taken)} encoder arrays taken from {weights.source}, heads and norms are fresh"
+    if unused:
+        report += f"; not used: {', '.join(unused)}"
+    return params | {"encoder": unflatten_dict(taken, sep="/")}, report
+
+
+def digest(params: PyTree) -> str:
+    """SHA-256 over names, shapes and bytes of all parameters."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        leaf = np.asarray(leaf)
+        sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        sha.update(leaf.tobytes())
+    return sha.hexdigest()
+
+
+def read_tree(path: Path) -> PyTree:
+    """Reads one item of a checkpoint, such as its params, as NumPy arrays."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        shapes = checkpointer.metadata(path).item_metadata.tree
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        return checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=args))
+
+
+def _newest(checkpoints: Path) -> Path | None:
+    steps = [p for p in checkpoints.glob("*") if p.name.isdigit()]
+    return max(steps, key=lambda p: int(p.name), default=None)
+
+
+def _leaves(tree: PyTree) -> bool:
+    return bool(jax.tree.leaves(tree))
+
+
+def _tuples(node: dict) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in node.items()}

@@ -1,0 +1,29 @@
+"""One module per task; each `build` unpacks the config into one `Task` of pure functions."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from beit_jax.errors import UserError
+from beit_jax.task import Task
+from beit_jax.tasks import classify, dvae, mim
+
+BUILDERS: dict[str, Callable[..., Task]] = {
+    "dvae": dvae.build,
+    "mim": mim.build,
+    "classify": classify.build,
+}
+
+
+def build(config, class_names: tuple[str, ...], run: Path) -> Task:
+    """Builds the task that `config.task` names.
+
+    Args:
+      config: the resolved config.
+      class_names: of the training data; empty where it has no labels.
+      run: the run's folder, which holds or receives frozen networks.
+    """
+    if config.task not in BUILDERS:
+        raise UserError(
+            f"config.task={config.task!r} is unknown; choose one of {', '.join(sorted(BUILDERS))}."
+        )
+    return BUILDERS[config.task](config, class_names, run)

@@ -1,0 +1,76 @@
+"""Supervised classification: fine-tuning a pre-trained encoder, or training from scratch."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from beit_jax import losses
+from beit_jax.augment import color_jitter, normalize
+from beit_jax.data.pipeline import View
+from beit_jax.errors import UserError
+from beit_jax.features import make_encoder
+from beit_jax.models.beit import Classifier
+from beit_jax.models.layers import FINETUNE_INIT
+from beit_jax.task import Purpose, Task, example_weights, keys_for, mean_of_sums
+
+
+def build(config, class_names: tuple[str, ...], run: Path) -> Task:
+    """Builds classification over the training data's classes."""
+    del run
+    if not class_names:
+        raise UserError(
+            f"config.data.source={config.data.source} has no labels; classification needs them: "
+            "sort the images into one sub-folder a class, or name a labelled TFDS dataset."
+        )
+    model = Classifier(
+        encoder=make_encoder(config, FINETUNE_INIT),
+        classes=len(class_names),
+        pooling=config.model.pooling,
+        head_scale=config.classify.head_scale,
+    )
+
+    def init(key):
+        images = jnp.zeros((1, *config.data.image_size, config.data.channels))
+        return model.init(key, images)["params"], {}
+
+    def logits_of(params, images, drop_keys=None):
+        images = normalize(images, config.model.mean, config.model.std)
+        return model.apply({"params": params}, images, drop_keys)
+
+    def sums(logits, batch, smoothing: float):
+        weight = example_weights(batch)
+        labels = batch["label"]
+        loss = losses.cross_entropy(logits, labels, smoothing)
+        hits = (logits.argmax(-1) == labels).astype(jnp.float32)
+        return {
+            "loss": ((loss * weight).sum(), weight.sum()),
+            "accuracy": ((hits * weight).sum(), weight.sum()),
+        }
+
+    def loss_fn(params, model_state, frozen, batch, keys, step):
+        images = batch["image"]
+        if config.data.color_jitter:
+            (images,) = color_jitter(
+                keys_for(keys, Purpose.JITTER), (images / 255.0,), config.data.color_jitter
+            )
+        logits = logits_of(params, images, keys_for(keys, Purpose.DROP_PATH))
+        values = sums(logits, batch, config.classify.label_smoothing)
+        return values["loss"], ({}, values)
+
+    def eval_fn(params, model_state, frozen, batch, keys):
+        return sums(logits_of(params, batch["image"]), batch, 0.0)
+
+    def predict(params, frozen, batch):
+        """Class probabilities float32 [B, C]."""
+        return jax.nn.softmax(logits_of(params, batch["image"]))
+
+    return Task(
+        views={"image": View(tuple(config.data.image_size), config.data.interpolation)},
+        init=init,
+        loss_fn=loss_fn,
+        eval_fn=eval_fn,
+        finalize=mean_of_sums,
+        frozen={},
+        predict=predict,
+    )

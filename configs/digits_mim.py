@@ -1,0 +1,24 @@
+"""Quick start, stage 2: masked image modelling on the digits' tokens, no labels used.
+
+Command:
+    python -m beit_jax.main --config=configs/digits_mim.py
+"""
+
+from configs import digits
+
+
+def get_config():
+    config = digits.get_config()
+    config.task = "mim"
+    config.tokenizer.path = "runs/digits_dvae"
+    config.tokenizer.interpolation = "bicubic"
+    config.mask.share = 0.4
+    config.mask.min_block = 2
+    config.train.epochs = 200.0
+    config.train.checkpoint_every = 1000
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_epochs = 10.0
+    config.eval.knn = 10
+    config.eval.probe = True
+    config.eval.pixels = True
+    return config

@@ -1,0 +1,119 @@
+"""Every recipe can be built, and its networks have the published sizes."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from beit_jax import tasks, train
+from beit_jax.errors import UserError
+from beit_jax.main import with_optimizer
+
+CONFIGS = sorted(
+    path.stem for path in Path("configs").glob("*.py") if path.stem not in ("common", "digits")
+)
+CLASSES = tuple("0123456789")
+
+
+def load(name: str):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """Untouched tokenizers for 3 channels and for 1, by channels."""
+    folders = {1: tiny.random_tokenizer(tmp_path_factory.mktemp("grey"))}
+    colour = tmp_path_factory.mktemp("colour")
+    tree = tiny.config("dvae", data__channels=3, train__steps=0, train__epochs=0.0)
+    tiny.run(tree, colour).execute("train")
+    return folders | {3: colour}
+
+
+def build(config, tokenizers, folder):
+    config.tokenizer.path = str(tokenizers[config.data.channels])
+    return tasks.build(config, CLASSES, folder)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_recipe_is_built_and_shaped(name, tokenizers, tmp_path):
+    config = load(name)
+    task = build(config, tokenizers, tmp_path)
+    steps = train.total_steps(config, 1_281_167)
+    task, optimizer = with_optimizer(task, config, steps, 1_281_167)
+    rows = 2
+    batch = {
+        key: jax.ShapeDtypeStruct((rows, *view.size, config.data.channels), np.uint8)
+        for key, view in task.views.items()
+    }
+    batch["label"] = jax.ShapeDtypeStruct((rows,), np.int32)
+
+    def one_update(key, batch):
+        params, model_state = task.init(key)
+        state = train.create_state(params, model_state, optimizer, ema=config.train.ema_decay > 0)
+        keys = jax.random.split(key, rows)
+        grads, ((loss, weight), _) = jax.grad(
+            lambda p: (lambda out: (out[0][0], out))(
+                task.loss_fn(p, model_state, task.frozen, batch, keys, 0)
+            ),
+            has_aux=True,
+        )(params)
+        optimizer.update(grads, state.opt_state, params)
+        return loss / weight, task.eval_fn(params, model_state, task.frozen, batch, keys)
+
+    loss, sums = jax.eval_shape(one_update, jax.random.key(0), batch)
+    assert loss.shape == ()
+    assert config.eval.best in task.finalize(jax.tree.map(lambda s: np.ones(s.shape), sums))
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameters"),
+    [
+        ({}, 91_965_776),
+        ({"model.positions": "absolute", "model.layer_scale": 0.0}, 92_089_856),
+    ],
+    ids=["official", "plain"],
+)
+def test_base_has_the_published_number_of_parameters(changes, parameters, tokenizers, tmp_path):
+    config = load("mim_base")
+    config.update_from_flattened_dict(changes)
+    task = build(config, {3: _published_vocabulary(tmp_path / "dvae")}, tmp_path / "mim")
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    assert sum(p.size for p in jax.tree.leaves(params)) == parameters
+
+
+def _published_vocabulary(folder):
+    """A tokenizer of 8,192 codes and tiny convolutions."""
+    tree = tiny.config(
+        "dvae",
+        data__channels=3,
+        dvae__vocabulary=8192,
+        dvae__groups=4,
+        data__image_size=(16, 16),
+        train__steps=0,
+        train__epochs=0.0,
+    )
+    tiny.run(tree, folder).execute("train")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"mask.share": 0.0}, "config.mask.share"),
+        ({"mask.share": 1.2}, "config.mask.share"),
+        ({"mask.min_block": 200}, "config.mask.min_block"),
+        ({"mask.kind": "stripes"}, "config.mask.kind"),
+        ({"model.positions": "sideways"}, "config.model.positions"),
+        ({"data.image_size": (225, 224)}, "config.model.patch_size"),
+        ({"model.heads": 7}, "config.model.heads"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(changes, named, tokenizers, tmp_path):
+    config = load("mim_base")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=named):
+        task = build(config, tokenizers, tmp_path)
+        jax.eval_shape(task.init, jax.random.key(0))

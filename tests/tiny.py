@@ -1,0 +1,89 @@
+"""Runs small enough for tests, on the digits: a dVAE, masked image modelling, classification."""
+
+from pathlib import Path
+
+from beit_jax import checkpoint, train
+from beit_jax.main import Run, store_config
+from configs import digits_classify, digits_dvae, digits_mim
+
+RECIPES = {"dvae": digits_dvae, "mim": digits_mim, "classify": digits_classify}
+
+
+def config(task: str, **changes):
+    """The quick start's config of `task` with tiny networks; `changes` use __ for dots."""
+    tree = RECIPES[task].get_config()
+    tree.update_from_flattened_dict(
+        {
+            "model.width": 32,
+            "model.depth": 2,
+            "model.heads": 2,
+            "dvae.width": 8,
+            "dvae.vocabulary": 16,
+            "dvae.decoder_input": 8,
+            "train.batch_size": 16,
+            "train.log_every": 1,
+            "train.steps": 4,
+            "optimizer.warmup_epochs": 0.0,
+            "optimizer.warmup_steps": 0,
+            "eval.batch_size": 64,
+            "eval.knn": 0,
+            "eval.probe": False,
+            "init.path": "",
+            "data.workers": 0,
+        }
+    )
+    tree.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return tree
+
+
+def run(tree, folder: Path, devices=None) -> Run:
+    """A run in `folder`, as the command line would start it."""
+    store_config(folder, tree)
+    return Run(tree, folder, devices)
+
+
+def fresh_state(which: Run):
+    """The state that `which` starts from."""
+    keeper = checkpoint.Keeper(which.folder, keep=1, best="loss", maximize=False)
+    return which.initial_state(keeper, "train")[0]
+
+
+def random_tokenizer(folder: Path) -> Path:
+    """A dVAE that no update has touched, saved as a run."""
+    run(config("dvae", train__steps=0, train__epochs=0.0), folder).execute("train")
+    return folder
+
+
+def rebuilt_step(which: Run):
+    """The train step of a run whose task was changed."""
+    return train.make_train_step(
+        which.task, which.optimizer, which.mesh, seed=0, microbatches=1, ema_decay=0.0
+    )
+
+
+def first_moment(opt_state):
+    """Adam's first moment, from an optimizer state or from one read off a checkpoint."""
+    if isinstance(opt_state, dict | list | tuple):
+        if hasattr(opt_state, "mu"):
+            return opt_state.mu
+        if isinstance(opt_state, dict) and "mu" in opt_state:
+            return opt_state["mu"]
+        parts = opt_state.values() if isinstance(opt_state, dict) else opt_state
+        found = [first_moment(part) for part in parts]
+        return next((moment for moment in found if moment is not None), None)
+    return None
+
+
+# A process of a distributed run, with four CPU devices: coordinator, process number, run folder.
+PROCESS = """
+import os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+import jax
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from pathlib import Path
+from ml_collections import ConfigDict
+from beit_jax import checkpoint, main
+folder = Path(sys.argv[3])
+main.Run(ConfigDict(checkpoint.read_config(folder)), folder).execute("train")
+"""
