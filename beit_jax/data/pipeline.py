@@ -6,8 +6,11 @@ an example, so worker and process counts change no batch, and a run's place in t
 number, the global batches consumed. Grain reads ahead and batches.
 """
 
+import atexit
+import contextlib
 import functools
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -185,7 +188,9 @@ def _iterate(examples: _Examples, batch_size: int, workers: int) -> Iterator[Bat
     )
     if workers:  # stacks the next batch while the caller works on this one
         dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
-    return _until_closed(dataset)
+    iterator = _until_closed(dataset)
+    _open_iterators.add(iterator)
+    return iterator
 
 
 def _until_closed(dataset: grain.IterDataset) -> Iterator[Batch]:
@@ -194,6 +199,16 @@ def _until_closed(dataset: grain.IterDataset) -> Iterator[Batch]:
         yield from batches
     finally:
         batches.close()
+
+
+_open_iterators: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register  # or Grain would stop its threads when the modules that it needs are gone
+def _close_iterators() -> None:
+    for iterator in list(_open_iterators):
+        with contextlib.suppress(ValueError):  # another thread is just inside of it
+            iterator.close()
 
 
 class _Reader(NamedTuple):

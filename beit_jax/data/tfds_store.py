@@ -158,20 +158,19 @@ def _open_split(builder, split: str, name: str):
             "beit_jax.prepare folder SRC --name=NAME`."
         )
     try:
-        builder.info.splits[split]
+        examples = builder.info.splits[split].num_examples
     except (KeyError, ValueError, AssertionError):
         raise UserError(
             f"tfds:{name} has no split {split!r}: it has {', '.join(builder.info.splits)}, and "
             "slices of them such as train[99%:]."
         ) from None
-    source = builder.as_data_source(
+    if not examples:
+        raise UserError(f"the split {split!r} of tfds:{name} is empty: choose a larger slice.")
+    return builder.as_data_source(
         split,
         deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
         file_format="array_record",
     )
-    if not len(source):
-        raise UserError(f"the split {split!r} of tfds:{name} is empty: choose a larger slice.")
-    return source
 
 
 def write_dataset(
