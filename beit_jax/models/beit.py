@@ -38,7 +38,7 @@ class MaskedImageModel(nn.Module):
         # Norm and head treat every token alike, so only the masked ones go through them.
         x = jnp.take_along_axis(x, indices[:, :, None] + 1, axis=1)
         x = LayerNorm(dtype=dtype, name="norm")(x)
-        weight = self.encoder.init.weight
+        weight = self.encoder.initial.weight
         return _head(self.vocabulary, dtype=dtype, kernel_init=weight, name="lm_head")(x)
 
 
@@ -67,7 +67,7 @@ class Classifier(nn.Module):
             raise UserError(
                 f"config.model.pooling is {self.pooling!r}: choose mean (of the patches) or cls"
             )
-        weight = scaled(self.encoder.init.weight, self.head_scale)
+        weight = scaled(self.encoder.initial.weight, self.head_scale)
         return _head(self.classes, dtype=dtype, kernel_init=weight, name="head")(x)
 
 

@@ -68,7 +68,7 @@ class PatchEmbed(nn.Module):
 
     patch_size: int
     width: int
-    init: Init
+    initial: Init
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -80,8 +80,8 @@ class PatchEmbed(nn.Module):
                 f"patches of {size}x{size}: change it or config.model.patch_size"
             )
         shape = (size, size, channels, self.width)
-        kernel = self.param("kernel", self.init.patch_kernel, shape)
-        bias = self.param("bias", self.init.patch_bias(size * size * channels), (self.width,))
+        kernel = self.param("kernel", self.initial.patch_kernel, shape)
+        bias = self.param("bias", self.initial.patch_bias(size * size * channels), (self.width,))
         # Same sums as the usual strided convolution, but one matrix product on every backend.
         x = images.reshape(batch, height // size, size, width // size, size, channels)
         x = x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
@@ -122,7 +122,8 @@ class RelativePositionBias(nn.Module):
     def __call__(self) -> jax.Array:
         shape = (relative_position_rows(self.grid), self.heads)
         table = self.param("table", initializers.zeros, shape)
-        return jnp.moveaxis(table[relative_position_index(self.grid)], -1, 0)
+        bias = jnp.asarray(table)[relative_position_index(self.grid)]
+        return jnp.moveaxis(bias, -1, 0)
 
 
 class Attention(nn.Module):
@@ -136,7 +137,7 @@ class Attention(nn.Module):
     heads: int
     relative_grid: tuple[int, int] | None = None
     output_scale: float = 1.0  # of the output projection's initial weights
-    init: Init = MIM_INIT
+    initial: Init = MIM_INIT
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -145,7 +146,7 @@ class Attention(nn.Module):
         dense = partial(nn.Dense, dtype=self.dtype)
         q_bias = self.param("q_bias", initializers.zeros, (width,))
         v_bias = self.param("v_bias", initializers.zeros, (width,))
-        qkv = dense(3 * width, use_bias=False, kernel_init=self.init.weight, name="qkv")(x)
+        qkv = dense(3 * width, use_bias=False, kernel_init=self.initial.weight, name="qkv")(x)
         qkv_bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
         qkv = (qkv + qkv_bias[None, None]).reshape(batch, length, 3, self.heads, -1)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -154,13 +155,13 @@ class Attention(nn.Module):
         if bias is not None:
             logits = logits + bias[None]
         if self.relative_grid is not None:
-            table = RelativePositionBias(
-                self.relative_grid, self.heads, name="relative_position_bias"
-            )
-            logits = logits + table()[None]
+            name = "relative_position_bias"
+            own = RelativePositionBias(self.relative_grid, self.heads, name=name)
+            logits = logits + own()[None]
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         x = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
-        return dense(width, kernel_init=scaled(self.init.weight, self.output_scale), name="proj")(x)
+        out = scaled(self.initial.weight, self.output_scale)
+        return dense(width, kernel_init=out, name="proj")(x)
 
 
 class Mlp(nn.Module):
@@ -168,15 +169,15 @@ class Mlp(nn.Module):
 
     hidden: int
     output_scale: float = 1.0  # of the second layer's initial weights
-    init: Init = MIM_INIT
+    initial: Init = MIM_INIT
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dense = partial(nn.Dense, dtype=self.dtype)
-        y = dense(self.hidden, kernel_init=self.init.weight, name="fc1")(x)
+        y = dense(self.hidden, kernel_init=self.initial.weight, name="fc1")(x)
         y = nn.gelu(y, approximate=False)
-        out = scaled(self.init.weight, self.output_scale)
+        out = scaled(self.initial.weight, self.output_scale)
         return dense(x.shape[-1], kernel_init=out, name="fc2")(y)
 
 
@@ -204,7 +205,7 @@ class Block(nn.Module):
     drop_path: float = 0.0
     relative_grid: tuple[int, int] | None = None
     output_scale: float = 1.0
-    init: Init = MIM_INIT
+    initial: Init = MIM_INIT
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -212,7 +213,7 @@ class Block(nn.Module):
         self, x: jax.Array, bias: jax.Array | None = None, keys: jax.Array | None = None
     ) -> jax.Array:
         width = x.shape[-1]
-        shared = {"output_scale": self.output_scale, "init": self.init, "dtype": self.dtype}
+        shared = {"output_scale": self.output_scale, "initial": self.initial, "dtype": self.dtype}
         attn = Attention(self.heads, relative_grid=self.relative_grid, name="attn", **shared)
         mlp = Mlp(int(width * self.mlp_ratio), name="mlp", **shared)
         norm = partial(LayerNorm, dtype=self.dtype)

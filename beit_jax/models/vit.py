@@ -33,7 +33,7 @@ class ViT(nn.Module):
     positions: str = "shared_relative"
     layer_scale: float = 0.1  # initial value; 0: none
     drop_path: float = 0.0
-    init: Init = MIM_INIT
+    initial: Init = MIM_INIT
     dtype: jnp.dtype = jnp.float32
     remat: bool = False  # recompute each block in the backward pass
 
@@ -54,8 +54,9 @@ class ViT(nn.Module):
             are not a whole number of patches.
         """
         self._check()
-        grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
-        embed = PatchEmbed(self.patch_size, self.width, self.init, self.dtype, name="patch_embed")
+        size = self.patch_size
+        grid = (images.shape[1] // size, images.shape[2] // size)
+        embed = PatchEmbed(size, self.width, self.initial, self.dtype, name="patch_embed")
         x = self._tokens(embed(images), mask)
         kinds = self.positions.split("+")
         bias = None
@@ -71,7 +72,7 @@ class ViT(nn.Module):
                 drop_path=self.drop_path * i / max(self.depth - 1, 1),
                 relative_grid=grid if "relative" in kinds else None,
                 output_scale=(2 * (i + 1)) ** -0.5,
-                init=self.init,
+                initial=self.initial,
                 dtype=self.dtype,
                 name=f"block_{i}",
             )
@@ -84,12 +85,12 @@ class ViT(nn.Module):
         """Puts mask tokens in, CLS before and absolute positions on: [B, N, D] -> [B, L, D]."""
         batch, count, width = patches.shape
         if mask is not None:
-            token = self.param("mask_token", self.init.weight, (1, 1, width))
+            token = self.param("mask_token", self.initial.weight, (1, 1, width))
             patches = jnp.where(mask[:, :, None], token.astype(self.dtype), patches)
-        cls_token = self.param("cls_token", self.init.weight, (1, 1, width)).astype(self.dtype)
+        cls_token = self.param("cls_token", self.initial.weight, (1, 1, width)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(cls_token, (batch, 1, width)), patches], axis=1)
         if "absolute" in self.positions.split("+"):
-            embedding = self.param("pos_embed", self.init.weight, (1, count + 1, width))
+            embedding = self.param("pos_embed", self.initial.weight, (1, count + 1, width))
             x = x + embedding.astype(self.dtype)
         return x
 
