@@ -144,6 +144,9 @@ def test_sixteen_bits_by_max_value(suffix, channels):
     assert_close(rgb(data, channels, max_value=4080), picture(channels=channels))
     # Twice as bright a maximum is half as bright a picture, whatever the image's own range.
     assert_close(rgb(data, channels, max_value=8160), picture(channels=channels) // 2, 1)
+    # What lies above the maximum is white, and does not wrap around.
+    white = rgb(data, channels, max_value=160)[picture(channels=channels) > 10]
+    assert (white == 255).all()
     full = cv2.imencode(suffix, np.full((4, 5), 65535, np.uint16))[1].tobytes()
     assert (rgb(full, 1) == 255).all()
 

@@ -210,6 +210,13 @@ def test_evaluation_of_a_view_that_is_not_square():
     assert (box.left, box.right) == (25, 75) and (box.top, box.bottom) == (87.5, 112.5)
 
 
+@pytest.mark.parametrize("name", ["nearest", "box", "bilinear", "bicubic", "lanczos"])
+def test_interpolations_are_pillows(name):
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    wanted = Image.fromarray(image).resize((9, 12), Image.Resampling[name.upper()])
+    np.testing.assert_array_equal(resize(image, View((12, 9), name)), np.asarray(wanted))
+
+
 def test_all_channels_are_resized_alike():
     image = np.random.default_rng(0).integers(0, 256, (30, 40, 5), np.uint8)
     view = View((12, 9), "lanczos")

@@ -52,6 +52,11 @@ def test_folder_without_split_folders_is_divided_by_path(tmp_path):
     assert after.fingerprint != held.fingerprint
 
 
+def test_holdout_is_the_same_on_every_machine():
+    _, held = folder.hold_out([f"{i}.png" for i in range(40)], 0.1)
+    assert held == ["25.png"]
+
+
 def test_holdout_is_never_empty_nor_everything():
     assert [len(part) for part in folder.hold_out(["a", "b"], 1e-9)] == [1, 1]
     assert [len(part) for part in folder.hold_out(["a", "b", "c"], 0.999999)] == [1, 2]
