@@ -27,7 +27,7 @@ class Keeper:
     """Saves a run's state while training goes on, and restores it on any number of devices."""
 
     def __init__(self, run: Path, *, keep: int, best: str, maximize: bool):
-        """Keeps the newest `keep` checkpoints, and the one with the best evaluation metric `best`."""
+        """Keeps the newest `keep` checkpoints and the one of the best evaluation metric `best`."""
         self._best = best
         policies = checkpoint_managers
         self._manager = ocp.CheckpointManager(

@@ -28,7 +28,7 @@ POOLINGS = ("mean", "cls")
 KNN_TEMPERATURE = 0.07  # of the votes' softmax weights, as in DINO's evaluation (Caron et al. 2021)
 
 
-def make_encoder(config: Mapping, init: Init = MIM_INIT) -> ViT:
+def make_encoder(config: Mapping, initial: Init = MIM_INIT) -> ViT:
     """The vision transformer that a resolved config describes."""
     model = config["model"]
     return ViT(
@@ -40,7 +40,7 @@ def make_encoder(config: Mapping, init: Init = MIM_INIT) -> ViT:
         positions=model["positions"],
         layer_scale=model["layer_scale"],
         drop_path=model["drop_path"],
-        init=init,
+        initial=initial,
         dtype=jnp.dtype(model["dtype"]),
         remat=model["remat"],
     )

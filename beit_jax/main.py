@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from beit_jax import checkpoint, evaluate, metrics, optimizer, progress, sharding, tasks, train
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 
 
 class Run:
-    """One run's parts: mesh, data, task, optimizer and checkpoints, built from a resolved config."""
+    """One run's parts, built from a resolved config: mesh, data, task and optimizer."""
 
     def __init__(self, config: ConfigDict, folder: Path, devices=None):
         """Builds everything and trains nothing; `devices` defaults to all of them.
@@ -82,6 +82,8 @@ class Run:
     def execute(self, mode: str) -> None:
         """Trains (or resumes) and evaluates, or evaluates the newest checkpoint."""
         config = self.config
+        if mode == "train":
+            store_config(self.folder, config)
         screen = progress.Screen(config.train.batch_size)
         keeper = checkpoint.Keeper(
             self.folder,
@@ -93,7 +95,7 @@ class Run:
         step = int(state.step)
         writer = metrics.Writer(self.folder, step)
         screen.say(
-            f"run {self.folder}: {config.task} on {self.mesh.size} {jax.default_backend()} devices\n"
+            f"{config.task} in {self.folder} on {self.mesh.size} {jax.default_backend()} devices\n"
             f"data: {self.source.description}\n"
             f"{self.steps} updates of {config.train.batch_size} images; {origin}"
         )
@@ -182,9 +184,7 @@ class Run:
 
     def _open(self, split: str) -> sources.Source:
         data = self.config.data
-        return sources.open_source(
-            data.source, split, data_dir=data.data_dir, holdout=data.holdout
-        )
+        return sources.open_source(data.source, split, data_dir=data.data_dir, holdout=data.holdout)
 
     def _reading(self) -> dict:
         data = self.config.data
@@ -230,8 +230,6 @@ def resolve() -> tuple[Path, ConfigDict]:
         raise UserError(f"--workdir={run} holds no run to evaluate; train it with --mode=train.")
     if stored is not None:
         _refuse_changes(run, stored, config.to_dict())
-    if MODE.value == "train":
-        store_config(run, config)
     return run, config
 
 
@@ -249,7 +247,9 @@ def with_optimizer(task: Task, config, steps: int, examples: int):
     peak = optimizer.scaled_learning_rate(
         c.learning_rate, reference_batch=c.reference_batch, batch_size=config.train.batch_size
     )
-    schedule = optimizer.warmup_cosine(peak, c.final_learning_rate, warmup, max(steps, 1))
+    if steps == 0:  # a run that only evaluates its initial weights
+        steps, warmup = 1, 0
+    schedule = optimizer.warmup_cosine(peak, c.final_learning_rate, warmup, steps)
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     chain = optimizer.make_optimizer(
         params,
@@ -290,14 +290,22 @@ def _flat(tree: dict, prefix: str = ""):
 
 def parse(argv: list[str]) -> list[str]:
     """Parses flags; a misspelt key gets one sentence with its nearest neighbour."""
+    if "--help" in argv:
+        app.usage(writeto_stdout=True)
+        sys.exit(0)
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"--config: {error.args[0] if error.args else error}") from error
+        rest = flags.FLAGS(argv)
+        _ = CONFIG.value and CONFIG.value.task  # a file that cannot be loaded fails when read
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+        sentence = " ".join(str(error).replace("\\n", " ").split())
+        raise UserError(f"the command line cannot be used: {sentence}") from error
+    return rest
 
 
 def command() -> None:
     """The command line: exit status 0, 1 for a problem that the user can mend, or a traceback."""
+    # Orbax reports every step of every save; what a person must know raises.
+    logging.set_verbosity(logging.ERROR)
     try:
         app.run(main, flags_parser=parse)
     except UserError as error:

@@ -71,6 +71,8 @@ class Screen:
 
     def evaluated(self, step: int, scores: dict[str, float]) -> None:
         """Shows an evaluation."""
+        if self._mark is not None:
+            self._mark = (step, time.perf_counter())  # evaluating is no part of the training rate
         self.say(
             f"evaluation at update {step}: "
             + "  ".join(f"{name} {value:.4g}" for name, value in scores.items())

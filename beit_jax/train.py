@@ -155,6 +155,7 @@ def train(
     stop = _StopRequest(keeper)
     pending = None  # (step, metrics) of the last update, not fetched yet
     step = int(state.step)
+    started = time.perf_counter()
     screen.start(step, total_steps)
     while step < total_steps:
         state, values = train_step(state, task.frozen, next(batches))
@@ -175,9 +176,11 @@ def train(
             keeper.save(state, scores)
         if stopping:
             keeper.wait()
+            screen.stop()
             raise Interrupted(f"stopped at update {step} and saved; the same command resumes there")
     keeper.wait()
     screen.stop()
+    writer.scalars(step, "timing", {"train_seconds": time.perf_counter() - started})
     return state
 
 
@@ -205,7 +208,8 @@ def _log(step: int, values, cadence, writer: metrics.Writer, screen: progress.Sc
         return
     numbers = {name: float(value) for name, value in jax.device_get(values).items()}
     writer.scalars(step, "train", numbers)
-    writer.scalars(step, "timing", screen.rates(step))
+    if rates := screen.rates(step):
+        writer.scalars(step, "timing", rates)
     screen.show(step, numbers)
     if numbers["skipped_in_a_row"] >= cadence.max_skipped:
         raise UserError(

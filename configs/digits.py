@@ -28,7 +28,7 @@ def get_config():
     config.dvae.dtype = "float32"
     config.dvae.groups = 2
     config.dvae.blocks_per_group = 1
-    config.dvae.width = 64
+    config.dvae.width = 32
     config.dvae.decoder_input = 32
     config.dvae.vocabulary = 64
     config.train.batch_size = 128

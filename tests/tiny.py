@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from beit_jax import checkpoint, train
-from beit_jax.main import Run, store_config
+from beit_jax.main import Run, store_config  # noqa: F401
 from configs import digits_classify, digits_dvae, digits_mim
 
 RECIPES = {"dvae": digits_dvae, "mim": digits_mim, "classify": digits_classify}
@@ -38,7 +38,6 @@ def config(task: str, **changes):
 
 def run(tree, folder: Path, devices=None) -> Run:
     """A run in `folder`, as the command line would start it."""
-    store_config(folder, tree)
     return Run(tree, folder, devices)
 
 

@@ -1,0 +1,134 @@
+"""What is kept, what another stage reads, and where weights come from."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from beit_jax import checkpoint, sharding, train
+from beit_jax.errors import UserError
+
+
+def make_state(mesh, value: float = 1.0) -> train.TrainState:
+    optimizer = optax.adam(1e-3)
+    params = {"encoder": {"kernel": np.full((64, 64), value, np.float32)}}
+    params = jax.device_put(params, sharding.state_sharding(params, mesh))
+    state = train.create_state(params, {}, optimizer, ema=True)
+    return jax.device_put(state, sharding.state_sharding(state, mesh))
+
+
+def keep(folder, *, number: int = 2) -> checkpoint.Keeper:
+    return checkpoint.Keeper(folder, keep=number, best="loss", maximize=False)
+
+
+def save_run(folder, losses):
+    """Saves one checkpoint per loss, with parameters of that step's number."""
+    mesh = sharding.make_mesh(1)
+    keeper = keep(folder)
+    for step, loss in enumerate(losses, start=1):
+        state = make_state(mesh, float(step))._replace(step=np.int32(step))
+        keeper.save(state, None if loss is None else {"loss": loss})
+    keeper.wait()
+    keeper.close()
+    (folder / "config.json").write_text('{"task": "mim", "data": {"image_size": [8, 8]}}')
+
+
+def test_newest_and_best_are_kept(tmp_path):
+    save_run(tmp_path, [3.0, 1.0, None, 2.0, None])
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [2, 4, 5]
+
+
+def test_a_state_is_restored_on_another_layout(tmp_path):
+    save_run(tmp_path, [1.0])
+    mesh = sharding.make_mesh(4)
+    like = jax.eval_shape(lambda: make_state(mesh))
+    placed = sharding.state_sharding(like, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed
+    )
+    state = keep(tmp_path).restore(abstract)
+    kernel = state.params["encoder"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    np.testing.assert_array_equal(kernel, np.ones((64, 64)))
+    np.testing.assert_array_equal(state.ema_params["encoder"]["kernel"], np.ones((64, 64)))
+    assert int(state.step) == 1
+
+
+def test_another_stage_reads_the_averaged_weights(tmp_path):
+    mesh = sharding.make_mesh(1)
+    state = make_state(mesh)._replace(step=np.int32(1))
+    doubled = jax.tree.map(lambda x: 2 * x, state.ema_params)
+    keeper = keep(tmp_path)
+    keeper.save(state._replace(ema_params=doubled), None)
+    keeper.close()
+    (tmp_path / "config.json").write_text('{"data": {"image_size": [8, 8]}}')
+    weights = checkpoint.load_weights(str(tmp_path), "init.path")
+    np.testing.assert_array_equal(weights.params["encoder"]["kernel"], np.full((64, 64), 2.0))
+    assert weights.config == {"data": {"image_size": (8, 8)}}
+
+
+def test_one_checkpoint_of_a_run_can_be_named(tmp_path):
+    save_run(tmp_path, [1.0, 2.0])
+    for path, value in ((tmp_path, 2.0), (tmp_path / "checkpoints" / "1", 1.0)):
+        weights = checkpoint.load_weights(str(path), "init.path")
+        assert weights.params["encoder"]["kernel"][0, 0] == value
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="config.tokenizer.path=.* holds no finished checkpoint"):
+        checkpoint.load_weights(str(tmp_path), "tokenizer.path")
+
+
+def test_an_unknown_best_metric_is_refused(tmp_path):
+    with pytest.raises(UserError, match="config.eval.best='loss' is not among .*accuracy"):
+        keep(tmp_path).save(make_state(sharding.make_mesh(1)), {"accuracy": 1.0})
+
+
+def test_a_frozen_copy_is_read_back_and_checked(tmp_path):
+    params = {"encoder": {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3)}}
+    digest = checkpoint.digest(params)
+    weights = checkpoint.Weights(params, {"task": "dvae"}, "somewhere", digest)
+    assert checkpoint.load_frozen(tmp_path / "tokenizer") is None
+    checkpoint.save_frozen(tmp_path / "tokenizer", weights)
+    back = checkpoint.load_frozen(tmp_path / "tokenizer")
+    np.testing.assert_array_equal(back.params["encoder"]["kernel"], params["encoder"]["kernel"])
+    assert back.digest == digest and back.config == {"task": "dvae"}
+    about = tmp_path / "tokenizer" / "source.json"
+    about.write_text(about.read_text().replace(digest, "0" * 64))
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load_frozen(tmp_path / "tokenizer")
+
+
+def encoder(**arrays):
+    return {"encoder": {"kernel": np.zeros((4, 4), np.float32), **arrays}, "head": np.ones(3)}
+
+
+def pretrained(params) -> checkpoint.Weights:
+    return checkpoint.Weights(params, {}, "runs/mim", "")
+
+
+def test_a_shared_position_table_goes_to_every_block():
+    table = np.arange(8.0, dtype=np.float32).reshape(4, 2)
+    empty = {"attn": {"relative_position_bias": {"table": np.zeros((4, 2), np.float32)}}}
+    target = encoder(block_0=empty, block_1=empty)
+    source = encoder(relative_position_bias={"table": table}, mask_token=np.ones(4))
+    source["encoder"]["kernel"] = np.ones((4, 4), np.float32)
+    params, report = checkpoint.warm_start(target, pretrained(source))
+    for block in ("block_0", "block_1"):
+        found = params["encoder"][block]["attn"]["relative_position_bias"]["table"]
+        np.testing.assert_array_equal(found, table)
+    np.testing.assert_array_equal(params["encoder"]["kernel"], np.ones((4, 4)))
+    np.testing.assert_array_equal(params["head"], np.ones(3))
+    assert report.startswith("3 encoder arrays taken from runs/mim")
+
+
+def test_a_missing_or_misshapen_encoder_is_refused():
+    with pytest.raises(UserError, match="has no encoder/extra"):
+        checkpoint.warm_start(encoder(extra=np.zeros(2)), pretrained(encoder()))
+    with pytest.raises(UserError, match=r"encoder/kernel is \(4, 4\) .* but \(2, 2\) here"):
+        other = encoder()
+        other["encoder"]["kernel"] = np.zeros((2, 2))
+        checkpoint.warm_start(other, pretrained(encoder()))
+    with pytest.raises(UserError, match="holds no encoder"):
+        checkpoint.warm_start(encoder(), pretrained({"decoder": {}}))
