@@ -150,7 +150,7 @@ def _readable_records(source: Source, workers: int, bad: list[str], split: str) 
         for index in range(len(source) + 4 * workers):
             if index < len(source):
                 window.append(pool.submit(read, index))
-            if window and (index >= 4 * workers or index >= len(source)):
+            if index >= 4 * workers:
                 record, reason = window.popleft().result()
                 bar.advance(task)
                 if reason:

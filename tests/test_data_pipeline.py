@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from beit_jax.data.bad_files import BadFiles
 from beit_jax.data.geometry import DRAWS, Box, center_box, random_crop, resize
 from beit_jax.data.pipeline import (
     Augmentation,
@@ -279,6 +280,17 @@ def test_an_unreadable_image_gives_way_to_the_next_and_nothing_shifts(tmp_path):
     # A second run adds nothing to the list.
     train(Memory(20, bad=[5, 11]), 10, max_bad_share=0.1, bad_files=listing)
     assert sorted(listing.read_text().splitlines()) == lines
+
+
+def test_processes_list_an_image_once_between_them(tmp_path):
+    one, other = (BadFiles(9, 1.0, tmp_path / "bad_files.txt") for _ in range(2))
+    odd = b"\xff \xc3\xa9.png".decode(errors="surrogateescape")
+    for lister in (one, other, one):
+        for index, name in ((0, "a.png"), (1, odd), (2, f"{id(lister)}.png")):
+            lister.add(index, name, "two\nlines")
+    lines = (tmp_path / "bad_files.txt").read_text().splitlines()
+    names = ["a.png", r"\udcff é.png", f"{id(one)}.png", f"{id(other)}.png"]
+    assert lines == [f"{name}\ttwo lines" for name in names]
 
 
 def test_too_many_unreadable_images_end_the_run(tmp_path):

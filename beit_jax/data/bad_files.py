@@ -5,8 +5,6 @@ from pathlib import Path
 
 from beit_jax.errors import UserError
 
-_TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # file names may be any bytes
-
 
 class BadFiles:
     """Unreadable images of a source: counted, listed once each, and fatal when too many."""
@@ -15,6 +13,8 @@ class BadFiles:
         self._length, self._max_share, self._path = length, max_share, path
         self._seen: dict[int, str] = {}
         self._lock = threading.Lock()
+        self._listed: set[bytes] = set()  # names in the file, up to this place in it
+        self._place = 0
 
     def add(self, index: int, name: str, reason: str) -> None:
         """Notes an image; raises UserError when the share is exceeded."""
@@ -39,9 +39,12 @@ class BadFiles:
         """Appends to the file unless an earlier run or another process has listed the image."""
         if self._path is None:
             return
-        path = Path(self._path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        listed = path.read_text(**_TEXT).splitlines() if path.exists() else []
-        if not any(line.split("\t")[0] == name for line in listed):
-            with path.open("a", **_TEXT) as file:
-                file.write(f"{name}\t{' '.join(reason.split())}\n")
+        Path(self._path).parent.mkdir(parents=True, exist_ok=True)
+        # Backslashes stand for what is no UTF-8: file names may be any bytes.
+        line = f"{name}\t{' '.join(reason.split())}\n".encode(errors="backslashreplace")
+        with open(self._path, "ab+") as file:
+            file.seek(self._place)
+            self._listed.update(other.split(b"\t")[0] for other in file)
+            if line.split(b"\t")[0] not in self._listed:
+                file.write(line)
+            self._place = file.tell()
