@@ -52,7 +52,6 @@ def test_round_trip_is_exact(name):
     assert set(exported) == set(tensors)  # the index buffers too, worked out again
     for key, value in exported.items():
         np.testing.assert_array_equal(value, tensors[key], err_msg=key)
-        assert value.flags["C_CONTIGUOUS"]  # safetensors writes the memory as it lies
 
 
 def test_imported_weights_take_the_dtype_of_the_model():
@@ -72,6 +71,13 @@ def test_both_families_of_names_lie_in_their_places():
         params["encoder"]["patch_embed"]["kernel"][3, 5, 1],
         tensors["patch_embed.proj.weight"][:, 1, 3, 5],
     )
+
+
+def test_exported_arrays_lie_in_memory_as_they_read():
+    model = MaskedImageModel(ViT(**TINY), 64)
+    tensors = export_params(BEIT, random_params(model, IMAGES, MASKED))
+    # safetensors writes the memory as it lies.
+    assert all(value.flags["C_CONTIGUOUS"] for value in tensors.values())
 
 
 def test_weights_without_a_place_are_named():
