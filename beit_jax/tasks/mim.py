@@ -35,7 +35,11 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
     """Builds masked image modelling on a frozen tokenizer's codes."""
     grid = patch_grid(config)
     num_masked = masking.num_masked_patches(
-        config.mask.share, grid, kind=config.mask.kind, min_block=config.mask.min_block
+        config.mask.share,
+        grid,
+        kind=config.mask.kind,
+        min_block=config.mask.min_block,
+        aspect=config.mask.aspect,
     )
     frozen, tokenizer, token_size = _tokenizer(config, grid, run)
     model = MaskedImageModel(encoder=features.make_encoder(config), vocabulary=tokenizer.vocabulary)

@@ -1,0 +1,81 @@
+"""The report says what the runs' files say."""
+
+import json
+
+import pytest
+
+from beit_jax import report
+
+
+def write_run(folder, task, lines, **config):
+    folder.mkdir()
+    tree = {"task": task, "init": {"path": ""}, "data": {"labels_per_class": 0}}
+    for key, value in config.items():
+        section, name = key.split("__")
+        tree[section][name] = value
+    (folder / "config.json").write_text(json.dumps(tree))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [
+        write_run(
+            tmp_path / "dvae",
+            "dvae",
+            [
+                {"step": 9, "split": "validation", "reconstruction": -2.5, "usage": 0.75},
+                {"step": 9, "split": "timing", "train_seconds": 61.4},
+            ],
+        ),
+        write_run(
+            tmp_path / "mim",
+            "mim",
+            [
+                {"step": 9, "split": "validation", "loss": 9.0},
+                {
+                    "step": 9, "split": "test", "loss": 2.0, "accuracy": 0.25, "guess_accuracy": 0.1,
+                    "knn": 0.9, "knn_block": 2.0, "knn_from_cls": 0.0, "pixel_knn": 0.98,
+                    "probe": None,
+                },
+            ],
+        ),  # fmt: skip
+        *(
+            write_run(
+                tmp_path / name,
+                "classify",
+                [{"step": 3, "split": "test", "accuracy": accuracy, "loss": 1.0}],
+                init__path=start,
+                data__labels_per_class=5,
+            )
+            for name, start, accuracy in (
+                ("scratch", "", 0.5), ("one", "runs/mim", 0.6), ("two", "runs/mim", 0.8),
+            )
+        ),
+    ]  # fmt: skip
+
+
+def test_tables(runs):
+    stages, features, labels = report.make_tables([report.read_run(run) for run in runs])
+    assert stages.rows[0][2:5] == ("9", "61 s", "validation")
+    assert "codes used 75%" in stages.rows[0][5]
+    assert "loss 2.000, masked-token accuracy 25.0%" in stages.rows[1][5]
+    assert features.rows == [
+        ("encoder, pre-trained (mim)", "90.0% (block 3, mean)", "-"),
+        ("raw pixels", "98.0%", "-"),
+    ]
+    assert labels.rows == [("5", "50.0%", "70.0% ± 14.1 (2 runs)")]
+
+
+def test_the_command_writes_one_page(runs, tmp_path, capsys):
+    page = tmp_path / "report.html"
+    assert report.main([*runs, f"--output={page}"]) == 0
+    assert "from pre-training" in capsys.readouterr().out
+    text = page.read_text()
+    assert "70.0% ± 14.1" in text and "<img" not in text
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 1
+    assert "is no run" in capsys.readouterr().err
