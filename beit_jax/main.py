@@ -3,6 +3,7 @@
 python -m beit_jax.main --config=configs/mim_base.py --config.data.source=folder:PHOTOS
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -84,16 +85,22 @@ class Run:
         config = self.config
         if mode == "train":
             store_config(self.folder, config)
-        screen = progress.Screen(config.train.batch_size)
         keeper = checkpoint.Keeper(
             self.folder,
             keep=config.train.keep,
             best=config.eval.best,
             maximize=config.eval.maximize,
         )
-        state, origin = self.initial_state(keeper, mode)
-        step = int(state.step)
-        writer = metrics.Writer(self.folder, step)
+        # Closing waits for a save that is being written, whatever ended the run.
+        with contextlib.closing(keeper):
+            state, origin = self.initial_state(keeper, mode)
+            writer = metrics.Writer(self.folder, int(state.step))
+            with contextlib.closing(writer):
+                self._train_or_evaluate(mode, state, origin, keeper, writer)
+
+    def _train_or_evaluate(self, mode: str, state, origin: str, keeper, writer) -> None:
+        config, step = self.config, int(state.step)
+        screen = progress.Screen(config.train.batch_size)
         screen.say(
             f"{config.task} in {self.folder} on {self.mesh.size} {jax.default_backend()} devices\n"
             f"data: {self.source.description}\n"
@@ -120,8 +127,6 @@ class Run:
                 writer=writer,
                 screen=screen,
             )
-        keeper.close()
-        writer.close()
 
     def create_state(self, key: jax.Array, encoder=None) -> train.TrainState:
         """The state before the first update, its encoder taken from `encoder` where given."""
