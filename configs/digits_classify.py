@@ -14,11 +14,11 @@ def get_config():
     config = digits.get_config()
     config.task = "classify"
     config.init.path = "runs/digits_mim"
-    config.model.positions = "relative"
     config.train.batch_size = 32
-    config.train.steps = 300
+    config.train.steps = 600
     config.train.checkpoint_every = 1000
-    config.optimizer.learning_rate = 1e-3
+    config.train.log_every = 100
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_epochs = 0.0
     config.optimizer.warmup_steps = 30
     config.optimizer.layer_decay = 0.75

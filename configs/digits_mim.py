@@ -12,11 +12,13 @@ def get_config():
     config.task = "mim"
     config.tokenizer.path = "runs/digits_dvae"
     config.tokenizer.interpolation = "bicubic"
-    config.mask.share = 0.4
+    config.mask.share = 0.6
     config.mask.min_block = 2
-    config.train.epochs = 200.0
-    config.train.checkpoint_every = 1000
-    config.optimizer.learning_rate = 1e-3
+    config.train.epochs = 100.0
+    config.train.batch_size = 64
+    config.train.checkpoint_every = 500
+    config.train.log_every = 100
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_epochs = 10.0
     config.eval.knn = 10
     config.eval.probe = True

@@ -59,7 +59,7 @@ def test_the_chain_of_three_commands(tmp_path):
     assert "encoder arrays taken" in done.stdout
     scores = next(line for line in metrics.read(tmp_path / "mim") if line["split"] == "validation")
     assert {"evidence_bound", "masked_patches", "knn", "probe", "pixel_knn"} <= scores.keys()
-    assert scores["masked_patches"] == 6
+    assert scores["masked_patches"] == 10
     bound = -(scores["reconstruction_nats"] + scores["masked_token_nats"])
     assert scores["evidence_bound"] == pytest.approx(bound, rel=1e-5)
     assert list((tmp_path / "mim" / "pictures").glob("reconstruction_*.png"))

@@ -35,12 +35,14 @@ def runs(tmp_path):
             [
                 {"step": 9, "split": "validation", "loss": 9.0},
                 {
-                    "step": 9, "split": "test", "loss": 2.0, "accuracy": 0.25, "guess_accuracy": 0.1,
-                    "knn": 0.9, "knn_block": 2.0, "knn_from_cls": 0.0, "pixel_knn": 0.98,
+                    "step": 9,
+                    "split": "test",
+                    **{"loss": 2.0, "accuracy": 0.25, "guess_accuracy": 0.1},
+                    **{"knn": 0.9, "knn_block": 2.0, "knn_from_cls": 0.0, "pixel_knn": 0.98},
                     "probe": None,
                 },
             ],
-        ),  # fmt: skip
+        ),
         *(
             write_run(
                 tmp_path / name,
