@@ -67,7 +67,7 @@ class Encoder:
     """A trained encoder as a function of NumPy images, with its own preprocessing."""
 
     def __init__(self, weights: checkpoint.Weights):
-        if "encoder" not in weights.params:
+        if "patch_embed" not in weights.params.get("encoder", {}):
             raise UserError(
                 f"{weights.source} holds no encoder; name a run of task mim or classify."
             )

@@ -74,7 +74,7 @@ def make_train_step(
             gradients, (batch, keys), microbatches, mesh
         )
         grads = jax.tree.map(lambda g: g / weight, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm)
         for total, count in sums.values():
             finite &= jnp.isfinite(total).all() & jnp.isfinite(count).all()

@@ -10,7 +10,7 @@ import tiny
 
 from beit_jax import tasks, train
 from beit_jax.errors import UserError
-from beit_jax.main import with_optimizer
+from beit_jax.run import with_optimizer
 
 CONFIGS = sorted(
     path.stem for path in Path("configs").glob("*.py") if path.stem not in ("common", "digits")

@@ -21,6 +21,7 @@ FLOORS = [
     {"checkpoint", "task"},
     {"evaluate", "features"},
     {"tasks", "train"},  # neither knows the other
+    {"run"},
     {"benchmark", "convert", "main", "prepare", "report"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from beit_jax import checkpoint, train
-from beit_jax.main import Run, store_config  # noqa: F401
+from beit_jax.run import Run, store_config  # noqa: F401
 from configs import digits_classify, digits_dvae, digits_mim
 
 RECIPES = {"dvae": digits_dvae, "mim": digits_mim, "classify": digits_classify}
@@ -82,7 +82,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from pathlib import Path
 from ml_collections import ConfigDict
-from beit_jax import checkpoint, main
+from beit_jax import checkpoint, run
 folder = Path(sys.argv[3])
-main.Run(ConfigDict(checkpoint.read_config(folder)), folder).execute("train")
+run.Run(ConfigDict(checkpoint.read_config(folder)), folder).execute("train")
 """

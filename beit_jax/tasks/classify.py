@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from beit_jax import losses
-from beit_jax.augment import color_jitter, normalize
+from beit_jax.augment import color_jitter, normalize, to_unit
 from beit_jax.data.pipeline import View
 from beit_jax.errors import UserError
 from beit_jax.features import make_encoder
@@ -52,7 +52,7 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
         images = batch["image"]
         if config.data.color_jitter:
             (images,) = color_jitter(
-                keys_for(keys, Purpose.JITTER), (images / 255.0,), config.data.color_jitter
+                keys_for(keys, Purpose.JITTER), (to_unit(images),), config.data.color_jitter
             )
         logits = logits_of(params, images, keys_for(keys, Purpose.DROP_PATH))
         values = sums(logits, batch, config.classify.label_smoothing)

@@ -6,13 +6,17 @@ bound is divided by the H*W*channels pixel values of an image, so a token's KL (
 beta / 192 for 8x8 patches of 3 channels.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from beit_jax import losses
-from beit_jax.augment import color_jitter
+from beit_jax.augment import color_jitter, to_unit
 from beit_jax.data.pipeline import View
 from beit_jax.errors import UserError
 from beit_jax.models.dvae import DVAE, map_pixels, unmap_pixels
@@ -34,29 +38,55 @@ def make_model(config: dict) -> DVAE:
     )
 
 
-def build(config, class_names: tuple[str, ...], run: Path) -> Task:
-    """Builds the tokenizer's task; neither labels nor frozen networks are needed."""
-    del class_names, run
-    model = make_model(config)
-    height, width = config.data.image_size
-    channels, vocabulary = config.data.channels, config.dvae.vocabulary
-    values = height * width * channels  # pixel values of an image
-    temperature = cosine_ramp(*config.dvae.temperature, config.dvae.temperature_steps)
-    kl_weight = cosine_ramp(0.0, config.dvae.kl_weight, config.dvae.kl_steps)
-    _check(config)
+class Training(NamedTuple):
+    """The dVAE, its schedules, and the task's functions over them."""
 
-    def init(key):
-        pixels = jnp.zeros((1, height, width, channels))
-        return model.init(key, pixels)["params"], {}
+    model: DVAE
+    temperature: Callable[[jax.Array], jax.Array]
+    kl_weight: Callable[[jax.Array], jax.Array]
+    config: ConfigDict
 
-    def sums(params, pixels, logits, codes, beta, weight):
-        """Per-image sums of the bound's parts; `codes` [B, h, w, K] are what the decoder sees."""
-        stats = model.apply({"params": params}, codes, method="decode")
+    def init(self, key):
+        data = self.config.data
+        pixels = jnp.zeros((1, *data.image_size, data.channels))
+        return self.model.init(key, pixels)["params"], {}
+
+    def loss_fn(self, params, model_state, frozen, batch, keys, step):
+        images = to_unit(batch["image"])
+        if strength := self.config.data.color_jitter:
+            (images,) = color_jitter(keys_for(keys, Purpose.JITTER), (images,), strength)
+        pixels = map_pixels(images)
+        logits = self.model.apply({"params": params}, pixels, method="encode")
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(
+            keys_for(keys, Purpose.GUMBEL)
+        )
+        codes = jax.nn.softmax((logits + noise) / self.temperature(step))
+        weight, beta = example_weights(batch), self.kl_weight(step)
+        sums = self.sums(params, pixels, logits, codes, beta, weight)
+        return sums["loss"], ({}, sums)
+
+    def eval_fn(self, params, model_state, frozen, batch, keys):
+        pixels = map_pixels(to_unit(batch["image"]))
+        logits = self.model.apply({"params": params}, pixels, method="encode")
+        codes = jax.nn.one_hot(logits.argmax(-1), self.model.vocabulary)
+        beta = self.config.dvae.kl_weight
+        return self.sums(params, pixels, logits, codes, beta, example_weights(batch))
+
+    def predict(self, params, frozen, batch):
+        """Hard tokens int32 [B, h, w] and their pictures [B, H, W, channels] in [0, 1]."""
+        pixels = map_pixels(to_unit(batch["image"]))
+        tokens = self.model.apply({"params": params}, pixels, method="encode").argmax(-1)
+        return tokens, decode_tokens(self.model, params, tokens)
+
+    def sums(self, params, pixels, logits, codes, beta, weight):
+        """Sums over images of the bound's parts; `codes` [B, h, w, K] are what is decoded."""
+        stats = self.model.apply({"params": params}, codes, method="decode")
+        chex.assert_equal_shape_prefix((stats, pixels), 3)
         reconstruction = losses.logit_laplace(stats, pixels).mean((1, 2, 3))
-        kl = losses.kl_to_uniform(logits).sum((1, 2)) / values
-        chosen = jax.nn.one_hot(logits.argmax(-1), vocabulary).sum((1, 2))
-        means = jax.nn.sigmoid(stats[..., :channels].astype(jnp.float32))
-        error = jnp.square(unmap_pixels(means) - unmap_pixels(pixels)).mean((1, 2, 3))
+        kl = losses.kl_to_uniform(logits).sum((1, 2)) / pixels[0].size
+        chosen = jax.nn.one_hot(logits.argmax(-1), self.model.vocabulary).sum((1, 2))
+        means = unmap_pixels(jax.nn.sigmoid(stats[..., : self.model.channels]))
+        error = jnp.square(means - unmap_pixels(pixels)).mean((1, 2, 3))
 
         def total(x):
             return (x * weight).sum(), weight.sum()
@@ -69,45 +99,28 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
             "codes": (jnp.einsum("bk,b->k", chosen, weight), weight.sum()),
         }
 
-    def loss_fn(params, model_state, frozen, batch, keys, step):
-        images = batch["image"] / 255.0
-        if config.data.color_jitter:
-            jitter_keys = keys_for(keys, Purpose.JITTER)
-            (images,) = color_jitter(jitter_keys, (images,), config.data.color_jitter)
-        pixels = map_pixels(images)
-        logits = model.apply({"params": params}, pixels, method="encode")
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(
-            keys_for(keys, Purpose.GUMBEL)
-        )
-        codes = jax.nn.softmax((logits + noise) / temperature(step))
-        values = sums(params, pixels, logits, codes, kl_weight(step), example_weights(batch))
-        return values["loss"], ({}, values)
 
-    def eval_fn(params, model_state, frozen, batch, keys):
-        pixels = map_pixels(batch["image"] / 255.0)
-        logits = model.apply({"params": params}, pixels, method="encode")
-        codes = jax.nn.one_hot(logits.argmax(-1), vocabulary)
-        beta = config.dvae.kl_weight
-        return sums(params, pixels, logits, codes, beta, example_weights(batch))
-
-    def predict(params, frozen, batch):
-        """Hard tokens int32 [B, h, w] and their pictures [B, H, W, channels] in [0, 1]."""
-        logits = model.apply(
-            {"params": params}, map_pixels(batch["image"] / 255.0), method="encode"
-        )
-        tokens = logits.argmax(-1)
-        return tokens, decode_tokens(model, params, tokens)
-
+def build(config, class_names: tuple[str, ...], run: Path) -> Task:
+    """Builds the tokenizer's task; neither labels nor frozen networks are needed."""
+    del class_names, run
+    _check(config)
+    parts = Training(
+        make_model(config),
+        cosine_ramp(*config.dvae.temperature, config.dvae.temperature_steps),
+        cosine_ramp(0.0, config.dvae.kl_weight, config.dvae.kl_steps),
+        config,
+    )
+    picture = _picture_evaluator(parts.predict, config.data.eval_split)
     return Task(
-        views={"image": View((height, width), config.data.interpolation)},
-        init=init,
-        loss_fn=loss_fn,
-        eval_fn=eval_fn,
+        views={"image": View(tuple(config.data.image_size), config.data.interpolation)},
+        init=parts.init,
+        loss_fn=parts.loss_fn,
+        eval_fn=parts.eval_fn,
         finalize=finalize,
         frozen={},
-        predict=predict,
-        schedules={"temperature": temperature, "kl_weight": kl_weight},
-        evaluators={"reconstruction": _picture_evaluator(predict, config.data.eval_split)},
+        predict=parts.predict,
+        schedules={"temperature": parts.temperature, "kl_weight": parts.kl_weight},
+        evaluators={"reconstruction": picture},
     )
 
 
@@ -115,7 +128,7 @@ def decode_tokens(model: DVAE, params, tokens: jax.Array) -> jax.Array:
     """Decodes tokens int32 [B, h, w] to pictures [B, H, W, channels] in [0, 1]."""
     codes = jax.nn.one_hot(tokens, model.vocabulary)
     stats = model.apply({"params": params}, codes, method="decode")
-    return jnp.clip(unmap_pixels(jax.nn.sigmoid(stats[..., : model.channels])), 0, 1)
+    return unmap_pixels(jax.nn.sigmoid(stats[..., : model.channels]))
 
 
 def finalize(sums) -> dict[str, jax.Array]:
@@ -148,7 +161,7 @@ def _picture_evaluator(predict, split: str):
 
     def evaluator(weights, batches):
         batch = next(batches(split))
-        return {}, {"reconstruction": picture_rows(batch["image"] / 255.0, draw(weights, batch))}
+        return {}, {"reconstruction": picture_rows(to_unit(batch["image"]), draw(weights, batch))}
 
     return evaluator
 

@@ -5,16 +5,19 @@ lines up with the encoder's grid of patches.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from beit_jax import checkpoint, features, losses, masking
-from beit_jax.augment import color_jitter, normalize
+from beit_jax.augment import color_jitter, normalize, to_unit
 from beit_jax.data.pipeline import View
 from beit_jax.errors import UserError
 from beit_jax.models.beit import MaskedImageModel
-from beit_jax.models.dvae import map_pixels
+from beit_jax.models.dvae import DVAE, map_pixels
 from beit_jax.pictures import picture_rows
 from beit_jax.task import Purpose, Task, example_weights, keys_for, mean_of_sums, row_keys
 from beit_jax.tasks import dvae
@@ -31,6 +34,109 @@ def patch_grid(config) -> tuple[int, int]:
     return height // patch, width // patch
 
 
+class Pretraining(NamedTuple):
+    """The parts of masked image modelling, and the task's functions over them."""
+
+    model: MaskedImageModel
+    tokenizer: DVAE
+    grid: tuple[int, int]
+    num_masked: int
+    config: ConfigDict
+
+    def init(self, key):
+        data = self.config.data
+        images = jnp.zeros((1, *data.image_size, data.channels))
+        indices = jnp.arange(self.num_masked)[None]
+        return self.model.init(key, images, indices)["params"], {}
+
+    def loss_fn(self, params, model_state, frozen, batch, keys, step):
+        views = (to_unit(batch["image"]), to_unit(batch["token_image"]))
+        if strength := self.config.data.color_jitter:
+            views = color_jitter(keys_for(keys, Purpose.JITTER), views, strength)
+        images, token_images = views
+        indices = self.masked_indices(keys)
+        labels = jnp.take_along_axis(self.tokens(frozen, token_images), indices, axis=1)
+        logits = self.logits(params, images, indices, keys_for(keys, Purpose.DROP_PATH))
+        sums = self.sums(logits, labels, example_weights(batch))
+        return sums["loss"], ({}, sums)
+
+    def eval_fn(self, params, model_state, frozen, batch, keys):
+        weight = example_weights(batch)
+        token_images = to_unit(batch["token_image"])
+        tokens = self.tokens(frozen, token_images)
+        indices = self.masked_indices(keys)
+        labels = jnp.take_along_axis(tokens, indices, axis=1)
+        logits = self.logits(params, to_unit(batch["image"]), indices)
+        codes = jax.nn.one_hot(tokens.reshape(-1, *self.grid), self.tokenizer.vocabulary)
+        stats = self.tokenizer.apply({"params": frozen}, codes, method="decode")
+        nats = losses.logit_laplace(stats, map_pixels(token_images)).sum((1, 2, 3))
+        token_nats = losses.cross_entropy(logits, labels).sum(1)
+        count = weight.sum()
+        return self.sums(logits, labels, weight) | {
+            # The two-stage evidence bound of the paper's section 2.5, per image, in nats.
+            "reconstruction_nats": ((nats * weight).sum(), count),
+            "masked_token_nats": ((token_nats * weight).sum(), count),
+            "evidence_bound": (-((nats + token_nats) * weight).sum(), count),
+            "masked_patches": (self.num_masked * count, count),
+        }
+
+    def predict(self, params, frozen, batch, keys):
+        """Masked images, and the tokenizer's pictures of true tokens and of predicted ones."""
+        images = to_unit(batch["image"])
+        indices = self.masked_indices(keys)
+        tokens = self.tokens(frozen, to_unit(batch["token_image"]))
+        rows = jnp.arange(len(tokens))[:, None]
+        filled = tokens.at[rows, indices].set(self.logits(params, images, indices).argmax(-1))
+        mask = jnp.zeros(tokens.shape).at[rows, indices].set(1.0).reshape(-1, *self.grid)
+        patch = self.config.model.patch_size
+        mask = mask.repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
+        true, predicted = (
+            dvae.decode_tokens(self.tokenizer, frozen, t.reshape(-1, *self.grid))
+            for t in (tokens, filled)
+        )
+        return images * (1 - mask) + 0.5 * mask, true, predicted
+
+    def tokens(self, frozen, token_images):
+        """Hard tokens int32 [B, N] of images [B, H', W', channels] in [0, 1]."""
+        pixels = map_pixels(token_images)
+        codes = self.tokenizer.apply({"params": frozen}, pixels, method="encode").argmax(-1)
+        chex.assert_shape(codes, (None, *self.grid))  # one token a patch
+        return codes.reshape(len(codes), -1)
+
+    def masked_indices(self, keys):
+        """The masked patches int32 [B, M] that the rows' keys [B] draw."""
+        rule = self.config.mask
+
+        def draw(key):
+            if rule.kind == "random":
+                mask = masking.random_mask(key, self.grid, self.num_masked)
+            else:
+                mask = masking.blockwise_mask(
+                    key, self.grid, self.num_masked, min_block=rule.min_block, aspect=rule.aspect
+                )
+            return masking.masked_indices(mask, self.num_masked)
+
+        return jax.vmap(draw)(keys_for(keys, Purpose.MASK))
+
+    def logits(self, params, images, indices, drop_keys=None):
+        """Logits [B, M, K] from images in [0, 1]; `drop_keys` [B] switch stochastic depth on."""
+        images = normalize(images, self.config.model.mean, self.config.model.std)
+        return self.model.apply({"params": params}, images, indices, drop_keys)
+
+    def sums(self, logits, labels, weight):
+        """Sums over the masked tokens; `weight` [B] counts images, or leaves padding out."""
+        chex.assert_equal_shape_prefix((logits, labels), 2)
+        weights = jnp.broadcast_to(weight[:, None], labels.shape)
+        count = weights.sum()
+        hits = (logits.argmax(-1) == labels) * weights
+        histogram = jnp.zeros(self.tokenizer.vocabulary).at[labels].add(weights)
+        return {
+            "loss": ((losses.cross_entropy(logits, labels) * weights).sum(), count),
+            "accuracy": (hits.sum(), count),
+            "guess_accuracy": (histogram, count),
+        }
+
+
 def build(config, class_names: tuple[str, ...], run: Path) -> Task:
     """Builds masked image modelling on a frozen tokenizer's codes."""
     grid = patch_grid(config)
@@ -41,114 +147,25 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
         min_block=config.mask.min_block,
         aspect=config.mask.aspect,
     )
-    frozen, tokenizer, token_size = _tokenizer(config, grid, run)
+    frozen, tokenizer = _tokenizer(config, run)
     model = MaskedImageModel(encoder=features.make_encoder(config), vocabulary=tokenizer.vocabulary)
-    mean, std = config.model.mean, config.model.std
-
-    def init(key):
-        images = jnp.zeros((1, *config.data.image_size, config.data.channels))
-        indices = jnp.arange(num_masked)[None]
-        return model.init(key, images, indices)["params"], {}
-
-    def tokens_of(frozen, token_images):
-        logits = tokenizer.apply({"params": frozen}, map_pixels(token_images), method="encode")
-        return logits.argmax(-1).reshape(len(logits), -1)
-
-    def masked_indices(keys):
-        def draw(key):
-            if config.mask.kind == "random":
-                mask = masking.random_mask(key, grid, num_masked)
-            else:
-                mask = masking.blockwise_mask(
-                    key,
-                    grid,
-                    num_masked,
-                    min_block=config.mask.min_block,
-                    aspect=config.mask.aspect,
-                )
-            return masking.masked_indices(mask, num_masked)
-
-        return jax.vmap(draw)(keys_for(keys, Purpose.MASK))
-
-    def predictions(params, images, indices, drop_keys=None):
-        return model.apply({"params": params}, normalize(images, mean, std), indices, drop_keys)
-
-    def sums(logits, labels, weight):
-        per_token = losses.cross_entropy(logits, labels)
-        weights = jnp.broadcast_to(weight[:, None], labels.shape)
-        count = weights.sum()
-        hits = (logits.argmax(-1) == labels) * weights
-        histogram = jnp.zeros(tokenizer.vocabulary).at[labels].add(weights)
-        return {
-            "loss": ((per_token * weights).sum(), count),
-            "accuracy": (hits.sum(), count),
-            "guess_accuracy": (histogram, count),
-        }
-
-    def loss_fn(params, model_state, frozen, batch, keys, step):
-        views = (batch["image"] / 255.0, batch["token_image"] / 255.0)
-        if config.data.color_jitter:
-            views = color_jitter(keys_for(keys, Purpose.JITTER), views, config.data.color_jitter)
-        images, token_images = views
-        indices = masked_indices(keys)
-        labels = jnp.take_along_axis(tokens_of(frozen, token_images), indices, axis=1)
-        logits = predictions(params, images, indices, keys_for(keys, Purpose.DROP_PATH))
-        values = sums(logits, labels, example_weights(batch))
-        return values["loss"], ({}, values)
-
-    def eval_fn(params, model_state, frozen, batch, keys):
-        weight = example_weights(batch)
-        token_images = batch["token_image"] / 255.0
-        tokens = tokens_of(frozen, token_images)
-        indices = masked_indices(keys)
-        labels = jnp.take_along_axis(tokens, indices, axis=1)
-        logits = predictions(params, batch["image"] / 255.0, indices)
-        stats = tokenizer.apply(
-            {"params": frozen},
-            jax.nn.one_hot(tokens.reshape(-1, *grid), tokenizer.vocabulary),
-            method="decode",
-        )
-        nats = losses.logit_laplace(stats, map_pixels(token_images)).sum((1, 2, 3))
-        token_nats = losses.cross_entropy(logits, labels).sum(1)
-        count = weight.sum()
-        return sums(logits, labels, weight) | {
-            # The two-stage evidence bound of the paper's section 2.5, per image, in nats.
-            "reconstruction_nats": ((nats * weight).sum(), count),
-            "masked_token_nats": ((token_nats * weight).sum(), count),
-            "evidence_bound": (-((nats + token_nats) * weight).sum(), count),
-            "masked_patches": (num_masked * count, count),
-        }
-
-    def predict(params, frozen, batch, keys):
-        """Masked images, and the tokenizer's pictures of true tokens and of predicted ones."""
-        images = batch["image"] / 255.0
-        indices = masked_indices(keys)
-        tokens = tokens_of(frozen, batch["token_image"] / 255.0)
-        rows = jnp.arange(len(tokens))[:, None]
-        guesses = predictions(params, images, indices).argmax(-1)
-        filled = tokens.at[rows, indices].set(guesses)
-        mask = jnp.zeros(tokens.shape).at[rows, indices].set(1.0).reshape(-1, *grid)
-        patch = config.model.patch_size
-        mask = mask.repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
-        pictures = [
-            dvae.decode_tokens(tokenizer, frozen, t.reshape(-1, *grid)) for t in (tokens, filled)
-        ]
-        return images * (1 - mask) + 0.5 * mask, *pictures
-
-    evaluators = {"reconstruction": _picture_evaluator(predict, config)}
+    parts = Pretraining(model, tokenizer, grid, num_masked, config)
+    evaluators = {"reconstruction": _picture_evaluator(parts.predict, config)}
     if config.eval.knn or config.eval.probe:
         evaluators["features"] = features.make_evaluator(config, class_names)
+    down = 2 ** (tokenizer.groups - 1)  # pixels of the tokenizer's view a token, each way
+    token_size = (grid[0] * down, grid[1] * down)
     return Task(
         views={
             "image": View(tuple(config.data.image_size), config.data.interpolation),
             "token_image": View(token_size, config.tokenizer.interpolation),
         },
-        init=init,
-        loss_fn=loss_fn,
-        eval_fn=eval_fn,
+        init=parts.init,
+        loss_fn=parts.loss_fn,
+        eval_fn=parts.eval_fn,
         finalize=finalize,
         frozen=frozen,
-        predict=predict,
+        predict=parts.predict,
         evaluators=evaluators,
     )
 
@@ -160,8 +177,8 @@ def finalize(sums) -> dict[str, jax.Array]:
     return mean_of_sums(sums | {"guess_accuracy": (histogram.max(), count)})
 
 
-def _tokenizer(config, grid: tuple[int, int], run: Path):
-    """The frozen tokenizer: its weights, its network and the size of its view (pixels)."""
+def _tokenizer(config, run: Path) -> tuple[dict, DVAE]:
+    """The frozen tokenizer's weights and network, from the run's own copy if there is one."""
     folder = run / "frozen" / "tokenizer"
     weights = checkpoint.load_frozen(folder)
     if weights is None:
@@ -175,9 +192,7 @@ def _tokenizer(config, grid: tuple[int, int], run: Path):
         _check_tokenizer(config, weights)
         checkpoint.save_frozen(folder, weights)
     _check_tokenizer(config, weights)
-    network = dvae.make_model(weights.config)
-    down = 2 ** (network.groups - 1)
-    return weights.params, network, (grid[0] * down, grid[1] * down)
+    return weights.params, dvae.make_model(weights.config)
 
 
 def _check_tokenizer(config, weights: checkpoint.Weights) -> None:
@@ -205,7 +220,7 @@ def _picture_evaluator(predict, config):
     def evaluator(weights, batches):
         batch = next(batches(config.data.eval_split))
         masked, true, predicted = draw(weights, batch)
-        images = batch["image"] / 255.0
+        images = to_unit(batch["image"])
         if true.shape != images.shape:
             true, predicted = (
                 jax.image.resize(x, images.shape, "linear") for x in (true, predicted)
