@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import jax
+
 from beit_jax import checkpoint, train
-from beit_jax.run import Run, store_config  # noqa: F401
+from beit_jax.run import Run, store_config
 from configs import digits_classify, digits_dvae, digits_mim
 
 RECIPES = {"dvae": digits_dvae, "mim": digits_mim, "classify": digits_classify}
@@ -41,15 +43,22 @@ def run(tree, folder: Path, devices=None) -> Run:
     return Run(tree, folder, devices)
 
 
+def keeper(folder: Path) -> checkpoint.Keeper:
+    return checkpoint.Keeper(folder, keep=1, best="loss", maximize=False)
+
+
 def fresh_state(which: Run):
     """The state that `which` starts from."""
-    keeper = checkpoint.Keeper(which.folder, keep=1, best="loss", maximize=False)
-    return which.initial_state(keeper, "train")[0]
+    return which.initial_state(keeper(which.folder), "train")[0]
 
 
-def random_tokenizer(folder: Path) -> Path:
-    """A dVAE that no update has touched, saved as a run."""
-    run(config("dvae", train__steps=0, train__epochs=0.0), folder).execute("train")
+def random_tokenizer(folder: Path, **changes) -> Path:
+    """A dVAE that no update has touched, saved as a run's folder."""
+    tree = config("dvae", **changes)
+    store_config(folder, tree)
+    saving = keeper(folder)
+    saving.save(fresh_state(run(tree, folder, jax.devices()[:1])), None)
+    saving.close()
     return folder
 
 
