@@ -2,6 +2,7 @@
 
 import numpy as np
 from jax.experimental import multihost_utils
+from PIL import Image
 
 TILE = 64  # pixels: smaller images are enlarged to at least this height
 GAP = 2  # pixels between tiles
@@ -17,8 +18,8 @@ def picture_rows(*rows, count: int = 8) -> np.ndarray:
     Returns:
       uint8 [height, width, 3].
     """
-    gathered = [np.asarray(multihost_utils.process_allgather(row, tiled=True)) for row in rows]
-    return np.concatenate([_row(images[:count]) for images in gathered])
+    gathered = [multihost_utils.process_allgather(row[:count], tiled=True) for row in rows]
+    return np.concatenate([_row(np.asarray(images)) for images in gathered])
 
 
 def _row(images: np.ndarray) -> np.ndarray:
@@ -26,7 +27,8 @@ def _row(images: np.ndarray) -> np.ndarray:
     channels = images.shape[-1]
     # One channel is grey; of more than three the first three are shown.
     images = images[..., :3] if channels >= 3 else np.repeat(images[..., :1], 3, axis=-1)
-    zoom = max(1, -(-TILE // images.shape[1]))
-    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    if images.shape[1] < TILE:  # smoothly: a person recognises little in an 8x8 checkerboard
+        size = (round(TILE * images.shape[2] / images.shape[1]), TILE)
+        images = np.stack([np.asarray(Image.fromarray(x).resize(size)) for x in images])
     images = np.pad(images, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
     return np.concatenate(list(images), axis=1)

@@ -8,6 +8,8 @@ import pytest
 from beit_jax import checkpoint, sharding, train
 from beit_jax.errors import UserError
 
+pytestmark = pytest.mark.smoke
+
 
 def make_state(mesh, value: float = 1.0) -> train.TrainState:
     optimizer = optax.adam(1e-3)

@@ -25,6 +25,8 @@ from beit_jax.data.pipeline import (
 from beit_jax.data.record import Record
 from beit_jax.errors import UserError
 
+pytestmark = pytest.mark.smoke
+
 VIEWS = {"image": View((16, 16), "bicubic"), "token_image": View((8, 8), "lanczos")}
 AUGMENT = Augmentation(crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=0.5)
 WHOLE = Augmentation(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)

@@ -8,6 +8,8 @@ from jax.sharding import PartitionSpec as P
 from beit_jax import sharding
 from beit_jax.errors import UserError
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.mark.parametrize(
     ("shape", "fsdp", "spec"),

@@ -11,6 +11,8 @@ from beit_jax.errors import UserError
 from beit_jax.task import Task, mean_of_sums
 from configs import common
 
+pytestmark = pytest.mark.smoke
+
 LEARNING_RATE = 0.1
 
 

@@ -20,6 +20,8 @@ from beit_jax.models.beit import MaskedImageModel
 from beit_jax.models.vit import ViT
 from beit_jax.optimizer import make_optimizer, warmup_cosine
 
+pytestmark = pytest.mark.smoke
+
 TABLE = official((4, 4))
 EXPECTED = json.loads((GOLDEN / "trajectories/beit_pretrain/trajectory.json").read_text())
 MODEL = MaskedImageModel(ViT(patch_size=8, width=32, depth=3, heads=2), vocabulary=40)
