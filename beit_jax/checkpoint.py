@@ -26,8 +26,11 @@ COUNTERS = ("step", "skipped", "skipped_in_a_row")
 class Keeper:
     """Saves a run's state while training goes on, and restores it on any number of devices."""
 
-    def __init__(self, run: Path, *, keep: int, best: str, maximize: bool):
-        """Keeps the newest `keep` checkpoints and the one of the best evaluation metric `best`."""
+    def __init__(self, run: Path, *, keep: int, best: str, maximize: bool, read_only: bool = False):
+        """Keeps the newest `keep` checkpoints and the one of the best evaluation metric `best`.
+
+        `read_only` touches nothing, so that a run can be evaluated while it trains elsewhere.
+        """
         self._best = best
         policies = checkpoint_managers
         self._manager = ocp.CheckpointManager(
@@ -46,7 +49,8 @@ class Keeper:
                 ),
                 best_fn=lambda scores: scores[best],
                 best_mode="max" if maximize else "min",
-                cleanup_tmp_directories=True,  # what a killed save left behind
+                cleanup_tmp_directories=not read_only,  # what a killed save left behind
+                read_only=read_only,
             ),
         )
 
@@ -112,12 +116,12 @@ class Weights(NamedTuple):
     digest: str  # SHA-256 of the parameters
 
 
-def load_weights(path: str, key: str) -> Weights:
+def load_weights(path: str, named: str) -> Weights:
     """Reads the averaged weights where kept, else the plain ones, as NumPy arrays.
 
     Args:
       path: a run's folder (its newest checkpoint) or one of its `checkpoints/<step>` folders.
-      key: the config key that named `path`, for the error sentence.
+      named: who named `path`, such as "config.init.path", for the error sentence.
     """
     folder = Path(path).expanduser().resolve()
     if folder.parent.name == "checkpoints":
@@ -126,7 +130,7 @@ def load_weights(path: str, key: str) -> Weights:
         run, checkpoint = folder, _newest(folder / "checkpoints")
     if checkpoint is None or not checkpoint.is_dir() or not (run / "config.json").is_file():
         raise UserError(
-            f"config.{key}={path} holds no finished checkpoint (looked for config.json and "
+            f"{named}={path} holds no finished checkpoint (looked for config.json and "
             "checkpoints/<step>/ in it); train one first or name another run's folder."
         )
     item = "ema_params" if (checkpoint / "ema_params").is_dir() else "params"
@@ -136,7 +140,10 @@ def load_weights(path: str, key: str) -> Weights:
 
 def read_config(run: Path) -> dict:
     """The resolved config of a run, as plain dictionaries with tuples for lists."""
-    return json.loads((run / "config.json").read_text(), object_hook=_tuples)
+    try:
+        return json.loads((run / "config.json").read_text(), object_hook=_tuples)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{run}/config.json is damaged ({error}); restore or delete it.") from error
 
 
 def save_frozen(folder: Path, weights: Weights) -> None:

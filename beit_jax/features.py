@@ -86,8 +86,13 @@ class Encoder:
         Returns:
           float32 [B, D].
         """
-        data = self.config["data"]
+        data, depth = self.config["data"], self.config["model"]["depth"]
         images = np.asarray(images)
+        if pooling not in POOLINGS or not -depth <= block < depth:
+            raise UserError(
+                f"block={block} and pooling={pooling!r} are not all known; the encoder has "
+                f"{depth} blocks, and pooling is one of {', '.join(POOLINGS)}."
+            )
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != data["channels"]:
             raise UserError(
                 f"images are {images.dtype} {images.shape}; the encoder reads uint8 "
@@ -101,7 +106,7 @@ class Encoder:
 
 def load(path: str) -> Encoder:
     """Loads the encoder of a run's folder, or of one of its `checkpoints/<step>` folders."""
-    return Encoder(checkpoint.load_weights(path, "init.path"))
+    return Encoder(checkpoint.load_weights(str(path), "features.load: path"))
 
 
 def make_evaluator(config, class_names: tuple[str, ...]):
@@ -121,13 +126,14 @@ def make_evaluator(config, class_names: tuple[str, ...]):
         """{name: [n, D]} over the blocks and poolings, and labels [n]."""
         rows, labels = [], []
         for batch in batches:
-            values = {p: extract(params, batch["image"])[p] for p in POOLINGS}
+            values = extract(params, batch["image"])
             if config.eval.pixels:
                 values["pixels"] = batch["image"].reshape(len(batch["image"]), 1, -1)
             host = multihost_utils.process_allgather(
                 (values, batch["label"], batch["valid"]), tiled=True
             )
             values, label, valid = jax.tree.map(np.asarray, host)
+            valid &= label >= 0  # an image outside the classes teaches and tests nothing
             rows.append({p: v[valid] for p, v in values.items()})
             labels.append(label[valid])
         features = {

@@ -3,6 +3,7 @@
 python -m beit_jax.main --config=configs/mim_base.py --config.data.source=folder:PHOTOS
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -33,7 +34,8 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "this process's number, fr
 CHANGEABLE = (
     "train.steps", "train.epochs", "train.accumulate", "train.log_every", "train.eval_every",
     "train.checkpoint_every", "train.keep", "train.max_skipped", "eval", "mesh", "data.data_dir",
-    "data.workers", "data.max_bad_share", "data.eval_split", "tokenizer.path", "init.path",
+    "data.source", "data.workers", "data.max_bad_share", "data.eval_split", "model.remat",
+    "tokenizer.path",
 )  # fmt: skip
 
 
@@ -49,6 +51,9 @@ def main(argv: list[str]) -> None:
 def start_distributed() -> None:
     """Joins the other processes: by flags, or on a TPU pod slice by itself."""
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    given = [flag.value is not None for flag in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --num_processes and --process_id go together; give all.")
     if COORDINATOR.value:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     elif len(hosts) > 1:
@@ -71,7 +76,9 @@ def resolve() -> tuple[Path, ConfigDict]:
     if path is None:
         if stored is None or MODE.value != "eval":
             raise UserError(f"--config is missing, and {run} is not a run that could be evaluated.")
-        return run, ConfigDict(stored)
+        config = ConfigDict(stored)
+        config.mesh.fsdp = math.gcd(config.mesh.fsdp, jax.device_count())
+        return run, config
     config = CONFIG.value
     if MODE.value == "eval" and stored is None:
         raise UserError(f"--workdir={run} holds no run to evaluate; train it with --mode=train.")
@@ -104,13 +111,13 @@ def _flat(tree: dict, prefix: str = ""):
 
 def parse(argv: list[str]) -> list[str]:
     """Parses flags; a misspelt key gets one sentence with its nearest neighbour."""
-    if "--help" in argv:
+    if {"--help", "-h"} & set(argv):
         app.usage(writeto_stdout=True)
         sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
         _ = CONFIG.value and CONFIG.value.task  # a file that cannot be loaded fails when read
-    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+    except (flags.Error, AttributeError, LookupError, TypeError, OSError, SyntaxError) as error:
         sentence = " ".join(str(error).replace("\\n", " ").split())
         raise UserError(f"the command line cannot be used: {sentence}") from error
     return rest
@@ -127,6 +134,9 @@ def command() -> None:
         sys.exit(1)
     except train.Interrupted as stop:
         print(stop, file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

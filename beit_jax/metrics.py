@@ -20,15 +20,21 @@ from tensorboardX import SummaryWriter
 class Writer:
     """Writes the numbers and pictures of one run."""
 
-    def __init__(self, run: Path, step: int):
-        """Opens `run`, dropping whatever an earlier attempt wrote beyond `step` (updates)."""
+    def __init__(self, run: Path, resume_at: int | None):
+        """Opens `run`.
+
+        Training that goes on at update `resume_at` drops what an earlier attempt wrote beyond it;
+        None only adds to what is there, for a run that may still be training elsewhere.
+        """
         self._active = jax.process_index() == 0
         if self._active:
             self._run = run
-            drop_beyond(run / "metrics.jsonl", step)
+            if resume_at is not None:
+                drop_beyond(run / "metrics.jsonl", resume_at)
             self._lines = open(run / "metrics.jsonl", "a", buffering=1)
             self._tensorboard = SummaryWriter(
-                str(run / "tensorboard"), purge_step=step + 1, write_to_disk=True
+                str(run / "tensorboard"),
+                purge_step=None if resume_at is None else resume_at + 1,
             )
 
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
@@ -59,23 +65,27 @@ class Writer:
 
 def drop_beyond(path: Path, step: int) -> None:
     """Removes the lines of later steps, and a line cut short by a crash, in one atomic move."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break  # only the last line can be cut short: nothing after it was written
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    if path.exists():
+        kept = [json.dumps(line) + "\n" for line in read(path.parent) if line["step"] <= step]
+        write_atomically(path, "".join(kept))
 
 
 def read(run: Path) -> list[dict]:
-    """All lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """All lines of a run's metrics.jsonl but one that is cut short: a crash, or still written."""
+    lines = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # only the last line can be cut short
+    return lines
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file so that a reader, or a crash, finds the old or the new one, whole."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def _number(value) -> float | int | None:

@@ -223,7 +223,11 @@ def main(argv: list[str] | None = None) -> int:
     tables = make_tables(runs)
     print_tables(tables)
     if args.output:
-        Path(args.output).write_text(page(runs, tables))
+        try:
+            Path(args.output).write_text(page(runs, tables))
+        except OSError as error:
+            print(f"error: --output={args.output}: {error.strerror}", file=sys.stderr)
+            return 1
         print(f"wrote {args.output}")
     return 0
 

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from beit_jax import checkpoint, evaluate, metrics, optimizer, progress, sharding, tasks, train
@@ -23,10 +25,8 @@ class Run:
           UserError: for a config that cannot work.
         """
         self.config, self.folder = config, folder
+        check(config)
         self.mesh = sharding.make_mesh(config.mesh.fsdp, devices)
-        size, microbatches = config.train.batch_size, config.train.accumulate
-        sharding.check_batch("config.train.batch_size", size, self.mesh, microbatches)
-        sharding.check_batch("config.eval.batch_size", config.eval.batch_size, self.mesh)
         self.source = self._open(config.data.train_split)
         if config.data.labels_per_class:
             self.source = sources.few_labels(self.source, config.data.labels_per_class, config.seed)
@@ -40,25 +40,29 @@ class Run:
             self.optimizer,
             self.mesh,
             seed=config.seed,
-            microbatches=microbatches,
+            microbatches=config.train.accumulate,
             ema_decay=config.train.ema_decay,
         )
 
     def execute(self, mode: str) -> None:
         """Trains (or resumes) and evaluates, or evaluates the newest checkpoint."""
-        config = self.config
-        if mode == "train":
+        config, training = self.config, mode == "train"
+        self._check_evaluation()
+        if training:
+            size, microbatches = config.train.batch_size, config.train.accumulate
+            sharding.check_batch("config.train.batch_size", size, self.mesh, microbatches)
             store_config(self.folder, config)
         keeper = checkpoint.Keeper(
             self.folder,
             keep=config.train.keep,
             best=config.eval.best,
             maximize=config.eval.maximize,
+            read_only=not training,
         )
         # Closing waits for a save that is being written, whatever ended the run.
         with contextlib.closing(keeper):
             state, origin = self.initial_state(keeper, mode)
-            writer = metrics.Writer(self.folder, int(state.step))
+            writer = metrics.Writer(self.folder, int(state.step) if training else None)
             with contextlib.closing(writer):
                 self._train_or_evaluate(mode, state, origin, keeper, writer)
 
@@ -76,7 +80,9 @@ class Run:
                 self.task, state, eval_step, self.split_batches, config, writer
             )
             screen.evaluated(step, scores)
-            if keeper.latest() is None:  # a run of no updates still hands its weights on
+            if (
+                mode == "train" and keeper.latest() is None
+            ):  # a run of no updates still hands its weights on
                 keeper.save(state, scores)
         else:
             train.train(
@@ -119,7 +125,7 @@ class Run:
             raise UserError(f"{self.folder} holds no finished checkpoint to evaluate.")
         encoder, origin = None, "starting from fresh weights"
         if self.config.init.path:
-            weights = checkpoint.load_weights(self.config.init.path, "init.path")
+            weights = checkpoint.load_weights(self.config.init.path, "config.init.path")
             params, origin = checkpoint.warm_start(abstract.params, weights)
             encoder = params["encoder"]
         placed = jax.tree.map(lambda x: x.sharding, abstract)
@@ -145,11 +151,45 @@ class Run:
         batches = pipeline.eval_batches(
             self.source if split == self.config.data.train_split else self._open(split),
             self.task.views,
-            batch_size=self.config.eval.batch_size,
+            batch_size=self.eval_batch_size,
             eval_crop=self.config.data.eval_crop,
             **self._reading(),
         )
         return (sharding.put_batch(batch, self.mesh) for batch in batches)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """`config.eval.batch_size`, rounded up to a multiple of the devices; padding is free."""
+        return -(-self.config.eval.batch_size // self.mesh.size) * self.mesh.size
+
+    def _check_evaluation(self) -> None:
+        """Refuses before training what would only fail at the first evaluation."""
+        config, task = self.config, self.task
+        splits = {config.data.eval_split}
+        if "features" in task.evaluators:
+            splits.add(config.eval.select_split)
+        for split in splits - {config.data.train_split}:
+            self._open(split)
+        size = self.eval_batch_size
+        batch = {
+            name: jax.ShapeDtypeStruct((size, *view.size, config.data.channels), np.uint8)
+            for name, view in task.views.items()
+        }
+        batch["label"] = batch["index"] = jax.ShapeDtypeStruct((size,), np.int32)
+        batch["valid"] = jax.ShapeDtypeStruct((size,), bool)
+
+        def scores(key, frozen, batch):
+            params, model_state = task.init(key)
+            keys = jax.random.split(key, size)
+            return task.finalize(task.eval_fn(params, model_state, frozen, batch, keys))
+
+        names = list(jax.eval_shape(scores, jax.random.key(0), task.frozen, batch))
+        names += ["knn"] * bool(config.eval.knn) + ["probe"] * config.eval.probe
+        if config.eval.best not in names:
+            raise UserError(
+                f"config.eval.best={config.eval.best!r} is not among the evaluation metrics of "
+                f"this run; name one of {', '.join(sorted(names))}."
+            )
 
     def _open(self, split: str) -> sources.Source:
         data = self.config.data
@@ -197,5 +237,56 @@ def with_optimizer(task: Task, config, steps: int, examples: int):
 def store_config(run: Path, config: ConfigDict) -> None:
     """Creates the run's folder with its resolved config."""
     if jax.process_index() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(config.to_dict(), indent=2) + "\n"
+            metrics.write_atomically(run / "config.json", text)
+        except OSError as error:
+            raise UserError(
+                f"--workdir={run} cannot be written ({error.strerror}); name another folder."
+            ) from error
+
+
+ABOVE_ZERO = (
+    "data.channels", "data.max_value", "data.eval_crop", "dvae.groups", "dvae.blocks_per_group",
+    "dvae.width", "dvae.decoder_input", "model.patch_size", "model.width", "model.depth",
+    "model.heads", "model.mlp_ratio", "eval.batch_size", "train.batch_size", "train.accumulate",
+    "train.log_every", "train.checkpoint_every", "train.keep", "train.max_skipped",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "seed", "data.labels_per_class", "data.workers", "data.color_jitter", "dvae.kl_weight",
+    "dvae.kl_steps", "dvae.temperature_steps", "model.layer_scale", "train.eval_every", "eval.knn",
+    "optimizer.warmup_epochs",
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
+SHARES = ("data.flip", "data.holdout", "data.max_bad_share", "model.drop_path", "train.ema_decay")
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses values that no part could work with, by their key."""
+    values = dict(flatten_dict(config.to_dict(), sep="."))
+
+    def refuse(key: str, rule: str):
+        raise UserError(f"config.{key}={values[key]} must be {rule}; set it so.")
+
+    for key in ABOVE_ZERO:
+        if not values[key] > 0:
+            refuse(key, "above 0")
+    for key in NOT_NEGATIVE:
+        if not values[key] >= 0:
+            refuse(key, "0 or more")
+    for key in SHARES:
+        if not 0 <= values[key] <= 1:
+            refuse(key, "from 0 to 1")
+    size = values["data.image_size"]
+    if len(size) != 2 or min(size) < 1 or any(int(x) != x for x in size):
+        refuse("data.image_size", "(height, width) in whole pixels")
+    low, high = values["data.crop_scale"]
+    if not 0 < low <= high <= 1:
+        refuse("data.crop_scale", "two rising shares above 0, at most 1")
+    low, high = values["data.crop_ratio"]
+    if not 0 < low <= high:
+        refuse("data.crop_ratio", "two rising numbers above 0")
+    for key in ("model.dtype", "dvae.dtype"):
+        if values[key] not in DTYPES:
+            refuse(key, f"one of {', '.join(DTYPES)}")

@@ -59,11 +59,13 @@ def make_train_step(
     def step_fn(state: TrainState, frozen, batch):
         rows = next(iter(batch.values())).shape[0]
         keys = row_keys(seed, state.step, jnp.arange(rows))
+        # The optimizer's own count stands still in a skipped update; all schedules follow it.
+        updates_made = state.step - state.skipped
 
         def gradients(batch, keys):
             def loss_sum(params):
                 (loss, weight), aux = task.loss_fn(
-                    params, state.model_state, frozen, batch, keys, state.step
+                    params, state.model_state, frozen, batch, keys, updates_made
                 )
                 return loss, (weight, aux)
 
@@ -89,8 +91,6 @@ def make_train_step(
         kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         skipped = state.skipped + ~finite
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-        # The optimizer's own count stands still in a skipped update, and its schedule with it.
-        updates_made = state.step - state.skipped
         values = {
             **task.finalize(sums),
             **{name: fn(updates_made) for name, fn in task.schedules.items()},
@@ -157,30 +157,37 @@ def train(
     step = int(state.step)
     started = time.perf_counter()
     screen.start(step, total_steps)
-    while step < total_steps:
-        state, values = train_step(state, task.frozen, next(batches))
-        step += 1
-        if pending is not None:
-            _log(*pending, cadence, writer, screen)
-        pending = (step, values)
-        stopping = stop.requested(step)
-        evaluating = step == total_steps or (cadence.eval_every and step % cadence.eval_every == 0)
-        saving = evaluating or stopping or step % cadence.checkpoint_every == 0
-        if saving:
-            _log(*pending, cadence, writer, screen)
-            pending = None
-            scores = None
-            if evaluating and not stopping:
-                scores = run_evaluation(task, state, eval_step, split_batches, config, writer)
-                screen.evaluated(step, scores)
-            keeper.save(state, scores)
-        if stopping:
-            keeper.wait()
-            screen.stop()
-            raise Interrupted(f"stopped at update {step} and saved; the same command resumes there")
-    keeper.wait()
-    screen.stop()
-    writer.scalars(step, "timing", {"train_seconds": time.perf_counter() - started})
+    try:
+        while step < total_steps:
+            state, values = train_step(state, task.frozen, next(batches))
+            step += 1
+            if pending is not None:
+                _log(*pending, cadence, writer, screen)
+            pending = (step, values)
+            stopping = stop.requested(step)
+            evaluating = step == total_steps or (
+                cadence.eval_every and step % cadence.eval_every == 0
+            )
+            if evaluating or stopping or step % cadence.checkpoint_every == 0:
+                _log(*pending, cadence, writer, screen)
+                pending, scores = None, None
+                try:
+                    if evaluating:
+                        scores = run_evaluation(
+                            task, state, eval_step, split_batches, config, writer
+                        )
+                        screen.evaluated(step, scores)
+                finally:  # what was learnt is kept, whatever the evaluation ran into
+                    keeper.save(state, scores)
+            if stopping:
+                keeper.wait()
+                raise Interrupted(
+                    f"stopped at update {step} and saved; the same command resumes there"
+                )
+        keeper.wait()
+    finally:
+        screen.stop()
+        writer.scalars(step, "timing", {"train_seconds": time.perf_counter() - started})
     return state
 
 
@@ -202,8 +209,14 @@ def run_evaluation(task: Task, state: TrainState, eval_step, split_batches, conf
 
 def _log(step: int, values, cadence, writer: metrics.Writer, screen: progress.Screen) -> None:
     """Waits for one update; every `log_every` updates fetches and writes its metrics."""
-    jax.block_until_ready(values)
+    in_a_row = int(values["skipped_in_a_row"])
     screen.advance(step)
+    if in_a_row >= cadence.max_skipped:
+        raise UserError(
+            f"The last {in_a_row} updates up to {step} were not finite (config.train.max_skipped="
+            f"{cadence.max_skipped}); start in a new --workdir with a lower "
+            "config.optimizer.learning_rate, a longer warm-up or a smaller config.optimizer.clip."
+        )
     if step % cadence.log_every and step != 1:
         return
     numbers = {name: float(value) for name, value in jax.device_get(values).items()}
@@ -211,13 +224,6 @@ def _log(step: int, values, cadence, writer: metrics.Writer, screen: progress.Sc
     if rates := screen.rates(step):
         writer.scalars(step, "timing", rates)
     screen.show(step, numbers)
-    if numbers["skipped_in_a_row"] >= cadence.max_skipped:
-        raise UserError(
-            f"The last {int(numbers['skipped_in_a_row'])} updates up to {step} were not finite "
-            f"(config.train.max_skipped={cadence.max_skipped}); resume from the last checkpoint "
-            "with a lower config.optimizer.learning_rate, a longer warm-up, or a smaller "
-            "config.optimizer.clip."
-        )
 
 
 class _StopRequest:

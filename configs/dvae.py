@@ -18,8 +18,6 @@ def get_config():
     config = common.get_config()
     config.task = "dvae"
     config.data.image_size = (256, 256)
-    config.data.train_split = "train[:99%]"
-    config.data.eval_split = "train[99%:]"
     config.data.color_jitter = 0.0
     config.train.batch_size = 512
     config.train.steps = 3_000_000

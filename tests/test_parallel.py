@@ -122,7 +122,7 @@ def test_two_processes_of_four_devices(tokenizer, tmp_path, one_device):
     lines = [line for line in metrics.read(tmp_path / "run") if line["split"] == "train"]
     assert distance(losses, [line["loss"] for line in lines]) < TOLERANCE
     checkpoints = tmp_path / "run" / "checkpoints"
-    final = checkpoint.load_weights(checkpoints / str(STEPS), "init.path").params
+    final = checkpoint.load_weights(checkpoints / str(STEPS), "config.init.path").params
     assert distance(params, final) < TOLERANCE
     first = checkpoint.read_tree(checkpoints / "1" / "opt_state")
     assert distance(gradients, tiny.first_moment(first)) < TOLERANCE

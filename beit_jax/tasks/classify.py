@@ -39,8 +39,9 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
         return model.apply({"params": params}, images, drop_keys)
 
     def sums(logits, batch, smoothing: float):
-        weight = example_weights(batch)
         labels = batch["label"]
+        # Images without a label (-1), such as files beside the class folders, weigh nothing.
+        weight = example_weights(batch) * (labels >= 0)
         loss = losses.cross_entropy(logits, labels, smoothing)
         hits = (logits.argmax(-1) == labels).astype(jnp.float32)
         return {

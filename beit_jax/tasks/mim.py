@@ -179,18 +179,23 @@ def finalize(sums) -> dict[str, jax.Array]:
 
 def _tokenizer(config, run: Path) -> tuple[dict, DVAE]:
     """The frozen tokenizer's weights and network, from the run's own copy if there is one."""
-    folder = run / "frozen" / "tokenizer"
+    folder, path = run / "frozen" / "tokenizer", config.tokenizer.path
     weights = checkpoint.load_frozen(folder)
     if weights is None:
-        if not config.tokenizer.path:
+        if not path:
             raise UserError(
                 "config.tokenizer.path is empty: pre-training needs a tokenizer; train one with "
                 "`python -m beit_jax.main --config=configs/dvae.py` and give its run folder, "
                 "--config.tokenizer.path=runs/dvae."
             )
-        weights = checkpoint.load_weights(config.tokenizer.path, "tokenizer.path")
+        weights = checkpoint.load_weights(path, "config.tokenizer.path")
         _check_tokenizer(config, weights)
         checkpoint.save_frozen(folder, weights)
+    elif path and Path(path).exists() and Path(path).resolve() not in Path(weights.source).parents:
+        raise UserError(
+            f"{run} holds the tokenizer of {weights.source}, but config.tokenizer.path={path} "
+            "names another; give a new --workdir, or the old path."
+        )
     _check_tokenizer(config, weights)
     return weights.params, dvae.make_model(weights.config)
 
