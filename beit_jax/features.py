@@ -133,7 +133,7 @@ def make_evaluator(config, class_names: tuple[str, ...]):
                 (values, batch["label"], batch["valid"]), tiled=True
             )
             values, label, valid = jax.tree.map(np.asarray, host)
-            valid &= label >= 0  # an image outside the classes teaches and tests nothing
+            valid = valid & (label >= 0)  # an image outside the classes teaches and tests nothing
             rows.append({p: v[valid] for p, v in values.items()})
             labels.append(label[valid])
         features = {

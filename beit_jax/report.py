@@ -179,7 +179,7 @@ def page(runs: list[Run], tables: list[Table]) -> str:
         "<!doctype html><meta charset=utf-8><title>beit_jax report</title>",
         "<style>body{font:15px system-ui;margin:2em auto;max-width:70em;padding:0 1em}"
         "table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;text-align:left;"
-        "border-bottom:1px solid #ccc}img{max-width:100%}"
+        "border-bottom:1px solid #ccc}td:nth-child(4){white-space:nowrap}img{max-width:100%}"
         "pre{background:#f4f4f4;padding:1em;overflow:auto}</style><h1>beit_jax report</h1>",
     ]
     for table in tables:

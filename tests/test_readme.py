@@ -24,7 +24,7 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
-        found += re.findall(r"^\s*((?:python -m beit_jax|launch/)[^\n#`]*)", text, re.M)
+        found += re.findall(r"^\s*((?:python -m beit_jax|launch/\w+\.sh)[^\n#`]*)", text, re.M)
     return sorted({" ".join(command.split()) for command in found})
 
 
