@@ -6,7 +6,7 @@ On your own folder of images, no labels needed:
     python -m beit_jax.main --config=configs/mim_base.py --config.tokenizer.path=runs/dvae \
         --config.data.source=folder:PHOTOS
 
-Cost: 91,965,776 trained parameters, 500,455 updates of 2,048 images. Not run by us at full length.
+Cost: 91,965,776 trained parameters, 500,456 updates of 2,048 images. Not run by us at full length.
 Expected (reported by the authors for 300 epochs): masked-token accuracy 4.96 %, loss 6.30; 83.2 %
 ImageNet top-1 after fine-tuning in the paper, whose plain form without relative positions is
     --config.model.positions=absolute --config.model.layer_scale=0

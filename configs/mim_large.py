@@ -4,7 +4,7 @@ Command:
     python -m beit_jax.main --config=configs/mim_large.py --config.tokenizer.path=runs/dvae \
         --config.mesh.fsdp=8
 
-Cost: 311,534,016 trained parameters, 500,455 updates of 2,048 images. Not run by us at full length.
+Cost: 311,534,016 trained parameters, 500,456 updates of 2,048 images. Not run by us at full length.
 Expected (paper): 85.2 % ImageNet top-1 at 224 pixels after fine-tuning. The authors published no
 command for this size; batch, rates and clipping are the paper's.
 """
