@@ -25,6 +25,7 @@ from beit_jax.models.vit import ViT
 from beit_jax.task import Batch, Weights
 
 POOLINGS = ("mean", "cls")
+PIXELS = ("pixels", 0)  # raw pixels, in the place of (pooling, block)
 KNN_TEMPERATURE = 0.07  # of the votes' softmax weights, as in DINO's evaluation (Caron et al. 2021)
 
 
@@ -128,7 +129,7 @@ def make_evaluator(config, class_names: tuple[str, ...]):
         for batch in batches:
             values = extract(params, batch["image"])
             if config.eval.pixels:
-                values["pixels"] = batch["image"].reshape(len(batch["image"]), 1, -1)
+                values[PIXELS[0]] = batch["image"].reshape(len(batch["image"]), 1, -1)
             host = multihost_utils.process_allgather(
                 (values, batch["label"], batch["valid"]), tiled=True
             )
@@ -157,19 +158,27 @@ def make_evaluator(config, class_names: tuple[str, ...]):
             classifiers["probe"] = linear_classifier
         scores = {}
         for name, make in classifiers.items():
-            fitted = {key: make().fit(x, train[1]) for key, x in train[0].items()}
-            ranks = {key: c.score(select[0][key], select[1]) for key, c in fitted.items()}
-            if config.eval.pixels:
-                pixels = ("pixels", 0)
-                scores[f"pixel_{name}"] = fitted[pixels].score(test[0][pixels], test[1])
-                del ranks[pixels]
-            best = max(ranks, key=ranks.get)
-            scores[name] = fitted[best].score(test[0][best], test[1])
-            scores[f"{name}_block"] = best[1]
-            scores[f"{name}_from_cls"] = int(best[0] == "cls")
+            scores |= _choose_and_score(name, make, train, select, test)
         return scores, {}
 
     return evaluator
+
+
+def _choose_and_score(name: str, make: Callable, train, select, test) -> dict[str, float]:
+    """Fits one classifier a feature on `train`, chooses by `select`, scores the choice on `test`.
+
+    Each split is (features by (pooling, block), labels); raw pixels are scored, never chosen.
+    """
+    fitted = {key: make().fit(x, train[1]) for key, x in train[0].items()}
+    scores = {}
+    if PIXELS in fitted:
+        scores[f"pixel_{name}"] = fitted.pop(PIXELS).score(test[0][PIXELS], test[1])
+    best = max(fitted, key=lambda key: fitted[key].score(select[0][key], select[1]))
+    return scores | {
+        name: fitted[best].score(test[0][best], test[1]),
+        f"{name}_block": best[1],
+        f"{name}_from_cls": int(best[0] == "cls"),
+    }
 
 
 def knn_classifier(neighbors: int):
