@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
 from beit_jax.errors import UserError
@@ -168,53 +167,6 @@ def load_frozen(folder: Path) -> Weights | None:
     if digest(params) != about["sha256"]:
         raise UserError(f"{folder} is damaged: its weights do not match the hash in source.json.")
     return Weights(params, about["config"], about["source"], about["sha256"])
-
-
-def warm_start(params: PyTree, weights: Weights) -> tuple[PyTree, str]:
-    """Takes the encoder of another run into fresh parameters; heads and norms stay fresh.
-
-    A relative position table shared by all blocks is copied to each block where the new encoder has
-    one per block (official: run_class_finetuning.py, lines 330-336).
-
-    Args:
-      params: fresh parameters with an `encoder`; arrays or shapes.
-      weights: of a run that trained an encoder.
-
-    Returns:
-      the parameters, and one line that says what was taken.
-
-    Raises:
-      UserError: if a parameter of the encoder is missing from `weights` or has another shape.
-    """
-    if "encoder" not in weights.params or "encoder" not in params:
-        raise UserError(
-            f"config.init.path={weights.source} holds no encoder for this task; name a run of task "
-            "mim or classify."
-        )
-    found = flatten_dict(weights.params["encoder"], sep="/")
-    wanted = flatten_dict(params["encoder"], sep="/")
-    shared, taken = "relative_position_bias/table", {}
-    for name, leaf in wanted.items():
-        source = name
-        if name not in found and name.endswith(f"attn/{shared}") and shared in found:
-            source = shared
-        if source not in found:
-            raise UserError(
-                f"config.init.path: {weights.source} has no encoder/{name}; config.model must "
-                "describe the encoder that it holds (see its config.json)."
-            )
-        if found[source].shape != leaf.shape:
-            raise UserError(
-                f"config.init.path: encoder/{source} is {found[source].shape} in {weights.source} "
-                f"but {leaf.shape} here; config.model, config.data.image_size and "
-                "config.data.channels must be those of its config.json."
-            )
-        taken[name] = found[source]
-    unused = sorted(set(found) - set(wanted) - {"mask_token", shared})
-    report = f"{len(taken)} encoder arrays taken from {weights.source}, heads and norms are fresh"
-    if unused:
-        report += f"; not used: {', '.join(unused)}"
-    return params | {"encoder": unflatten_dict(taken, sep="/")}, report
 
 
 def digest(params: PyTree) -> str:

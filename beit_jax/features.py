@@ -17,34 +17,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from beit_jax import checkpoint
+from beit_jax.architecture import make_encoder
 from beit_jax.augment import normalize
 from beit_jax.data.geometry import View, center_box, resize
 from beit_jax.errors import UserError
-from beit_jax.models.layers import MIM_INIT, Init
-from beit_jax.models.vit import ViT
 from beit_jax.task import Batch, Weights
 
 POOLINGS = ("mean", "cls")
 PIXELS = ("pixels", 0)  # raw pixels, in the place of (pooling, block)
 KNN_TEMPERATURE = 0.07  # of the votes' softmax weights, as in DINO's evaluation (Caron et al. 2021)
-
-
-def make_encoder(config: Mapping, initial: Init = MIM_INIT) -> ViT:
-    """The vision transformer that a resolved config describes."""
-    model = config["model"]
-    return ViT(
-        patch_size=model["patch_size"],
-        width=model["width"],
-        depth=model["depth"],
-        heads=model["heads"],
-        mlp_ratio=model["mlp_ratio"],
-        positions=model["positions"],
-        layer_scale=model["layer_scale"],
-        drop_path=model["drop_path"],
-        initial=initial,
-        dtype=jnp.dtype(model["dtype"]),
-        remat=model["remat"],
-    )
 
 
 def make_extractor(config: Mapping) -> Callable[[dict, jax.Array], dict[str, jax.Array]]:
@@ -57,7 +38,7 @@ def make_extractor(config: Mapping) -> Callable[[dict, jax.Array], dict[str, jax
     mean, std = config["model"]["mean"], config["model"]["std"]
 
     def extract(params, images):
-        states = encoder.apply({"params": params}, normalize(images, mean, std))
+        states = encoder.apply({"params": params}, normalize(images, mean, std)).states
         states = jnp.stack(states, axis=1).astype(jnp.float32)  # [B, blocks, L, D]
         return {"mean": states[:, :, 1:].mean(2), "cls": states[:, :, 0]}
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from beit_jax import checkpoint, evaluate, metrics, optimizer, progress, sharding, tasks, train
 from beit_jax.data import pipeline, sources
 from beit_jax.errors import UserError
 from beit_jax.task import Task
+from beit_jax.warm_start import warm_start
 
 
 class Run:
@@ -98,11 +99,11 @@ class Run:
                 screen=screen,
             )
 
-    def create_state(self, key: jax.Array, encoder=None) -> train.TrainState:
-        """The state before the first update, its encoder taken from `encoder` where given."""
+    def create_state(self, key: jax.Array, taken=None) -> train.TrainState:
+        """The state before the first update, with the parameters in `taken` in place of its own."""
         params, model_state = self.task.init(key)
-        if encoder is not None:
-            params = params | {"encoder": encoder}
+        if taken is not None:
+            params = unflatten_dict(flatten_dict(params) | flatten_dict(taken))
         return train.create_state(
             params, model_state, self.optimizer, ema=self.config.train.ema_decay > 0
         )
@@ -123,14 +124,13 @@ class Run:
             return state, f"resuming at update {int(state.step)}"
         if mode == "eval":
             raise UserError(f"{self.folder} holds no finished checkpoint to evaluate.")
-        encoder, origin = None, "starting from fresh weights"
+        taken, origin = None, "starting from fresh weights"
         if self.config.init.path:
             weights = checkpoint.load_weights(self.config.init.path, "config.init.path")
-            params, origin = checkpoint.warm_start(abstract.params, weights)
-            encoder = params["encoder"]
+            taken, origin = warm_start(abstract.params, weights, self.config)
         placed = jax.tree.map(lambda x: x.sharding, abstract)
         create = jax.jit(self.create_state, out_shardings=placed)
-        return create(jax.random.key(self.config.seed), encoder), origin
+        return create(jax.random.key(self.config.seed), taken), origin
 
     def train_batches(self, start: int):
         """Endless global batches on the devices, from batch number `start`."""

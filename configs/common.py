@@ -44,6 +44,14 @@ def get_config() -> ConfigDict:
     model.layer_scale = 0.1  # initial value; 0 leaves LayerScale out
     model.drop_path = 0.1  # of the last block; linear over depth from 0
     model.pooling = "mean"  # classify: mean (of patches, own norm) | cls
+    model.early_layers = 0  # mim: blocks below BEiT v2's CLS branch; 0: no branch
+    model.head_layers = 2  # blocks of that branch
+    model.shared_head = True  # whether the branch predicts with the encoder's own norm and head
+    model.qkv_bias = "qv"  # attention biases: qv (BEiT) | qkv (DINO, CLIP) | none
+    model.activation = "gelu"  # gelu | quick_gelu (CLIP)
+    model.norm_epsilon = 1e-6
+    model.norm_pre = False  # a LayerNorm before the first block, as CLIP has
+    model.patch_bias = True  # bias of the patch embedding; CLIP has none
     model.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; one number serves all channels
     model.std = (0.229, 0.224, 0.225)
     model.dtype = "bfloat16"  # compute; parameters stay float32

@@ -38,7 +38,7 @@ def cross_entropy(logits, labels):
 @pytest.mark.parametrize("name", ["beit_pretrain", "beit_pretrain_abs"])
 def test_masked_logits_agree_with_the_official_code(name):
     model, params, golden, inputs = mim(name)
-    logits = jax.jit(model.apply)({"params": params}, *inputs)
+    (logits,) = jax.jit(model.apply)({"params": params}, *inputs)
     assert logits.shape == (2, 6, 64) and logits.dtype == jnp.float32
     expected = golden["logits"][golden["mask"]]
     np.testing.assert_allclose(logits.reshape(12, 64), expected, atol=1e-5)
@@ -49,7 +49,7 @@ def test_loss_and_gradients_agree_with_the_official_code():
     labels = jnp.take_along_axis(jnp.asarray(golden["labels"], jnp.int32), masked, axis=1)
 
     def loss_fn(params):
-        return cross_entropy(model.apply({"params": params}, images, masked), labels)
+        return cross_entropy(model.apply({"params": params}, images, masked)[0], labels)
 
     loss, gradients = jax.jit(jax.value_and_grad(loss_fn))(params)
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-5)
@@ -119,11 +119,11 @@ def test_unmasked_positions_get_no_gradient_from_the_head():
         def shifted(call, args, kwargs, context):
             states = call(*args, **kwargs)
             if isinstance(context.module, ViT) and context.method_name == "__call__":
-                states = (*states[:-1], states[-1] + shift)
+                states = states._replace(states=(*states.states[:-1], states.states[-1] + shift))
             return states
 
         with nn.intercept_methods(shifted):
-            return jnp.sum(model.apply({"params": params}, images, masked) ** 2)
+            return jnp.sum(model.apply({"params": params}, images, masked)[0] ** 2)
 
     reached = np.abs(jax.jit(jax.grad(loss_fn))(np.zeros((2, 17, 48), np.float32))).max(axis=-1)
     mask = np.zeros((2, 17), bool)
@@ -150,12 +150,12 @@ def test_logits_are_float32_sums_in_bfloat16_too():
     full = MaskedImageModel(ViT(**tiny), 64)
     half = MaskedImageModel(ViT(**tiny, dtype=jnp.bfloat16), 64)
     variables = {"params": random_params(full, images, masked)}
-    low, high = (jax.jit(model.apply)(variables, images, masked) for model in (half, full))
+    low, high = (jax.jit(model.apply)(variables, images, masked)[0] for model in (half, full))
     assert low.dtype == jnp.float32
     # More bits than bfloat16 holds: the sums were not rounded on their way out.
     assert (low != low.astype(jnp.bfloat16).astype(jnp.float32)).any()
     np.testing.assert_allclose(low, high, atol=0.05 * float(np.abs(high).max()))
-    gradient = jax.grad(lambda v: jnp.sum(half.apply(v, images, masked) ** 2))
+    gradient = jax.grad(lambda v: jnp.sum(half.apply(v, images, masked)[0] ** 2))
     gradient = jax.eval_shape(gradient, variables)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
 

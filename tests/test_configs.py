@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from beit_jax import features, tasks, train
+from beit_jax import architecture, tasks, train
 from beit_jax.errors import UserError
-from beit_jax.models.beit import MaskedImageModel
 from beit_jax.run import with_optimizer
 
 CONFIGS = sorted(
@@ -82,7 +81,7 @@ def test_every_recipe_is_built_and_shaped(name, tokenizers, tmp_path):
 def test_base_has_the_published_number_of_parameters(changes, parameters):
     config = load("mim_base")
     config.update_from_flattened_dict(changes)
-    model = MaskedImageModel(features.make_encoder(config), vocabulary=8192)
+    model = architecture.make_masked_image_model(config, vocabulary=8192)
     images = jax.ShapeDtypeStruct((1, *config.data.image_size, 3), np.float32)
     indices = jax.ShapeDtypeStruct((1, 75), np.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), images, indices)["params"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from beit_jax import features
+from beit_jax import architecture, features
 from beit_jax.errors import UserError
 
 
@@ -32,9 +32,9 @@ def test_preprocessing_comes_from_the_checkpoint(pretrained):
     """At the run's own size the features are those of the normalised pixels."""
     encoder = features.load(str(pretrained))
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
-    network = features.make_encoder(encoder.config)
+    network = architecture.make_encoder(encoder.config)
     params = encoder._params
-    states = network.apply({"params": params}, (images / 255.0 - 0.5) / 0.5)
+    states = network.apply({"params": params}, (images / 255.0 - 0.5) / 0.5).states
     expected = np.asarray(states[-1][:, 1:].mean(1))
     np.testing.assert_allclose(encoder(images), expected, atol=1e-5)
 

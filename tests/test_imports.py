@@ -16,10 +16,10 @@ PACKAGE = ROOT / "beit_jax"
 # From the ground up. A room imports rooms of lower floors and, if it is a folder, its own files.
 FLOORS = [
     {"errors"},
-    {"augment", "losses", "masking", "metrics", "models"},
-    {"data", "interop", "optimizer", "pictures", "progress", "sharding"},
-    {"checkpoint", "task"},
-    {"evaluate", "features"},
+    {"augment", "losses", "masking", "metrics", "models", "resize"},
+    {"architecture", "data", "optimizer", "pictures", "progress", "sharding"},
+    {"checkpoint", "interop", "task"},
+    {"evaluate", "features", "tokenizer", "warm_start"},
     {"tasks", "train"},  # neither knows the other
     {"run"},
     {"benchmark", "convert", "main", "prepare", "report"},

@@ -41,7 +41,8 @@ def batches():
 @jax.jit
 def loss_and_gradients(params, images, masked, labels):
     def loss_fn(params):
-        return cross_entropy(MODEL.apply({"params": params}, images, masked), labels).mean()
+        (logits,) = MODEL.apply({"params": params}, images, masked)
+        return cross_entropy(logits, labels).mean()
 
     return jax.value_and_grad(loss_fn)(params)
 

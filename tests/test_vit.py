@@ -20,7 +20,7 @@ IMAGES = np.random.default_rng(1).standard_normal((4, 8, 12, 5), np.float32)
 
 def apply(module, params, *inputs):
     """The states after every block, compiled as one."""
-    return jax.jit(module.apply)({"params": params}, *inputs)
+    return jax.jit(module.apply)({"params": params}, *inputs).states
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -92,7 +92,7 @@ def test_pixels_of_masked_patches_change_nothing():
     params = random_params(module, IMAGES, mask)
 
     def total(images):
-        states = module.apply({"params": params}, images, mask)
+        states = module.apply({"params": params}, images, mask).states
         return sum(jnp.sum(jnp.sin(state)) for state in states)
 
     gradient = jax.jit(jax.grad(total))(IMAGES).reshape(4, 2, 4, 3, 4, 5)
@@ -129,7 +129,7 @@ def test_remat_changes_no_number():
         module = ViT(**TINY, drop_path=0.5, remat=remat)
         params = random_params(module, IMAGES)
         gradient = jax.grad(
-            lambda p: jnp.sum(module.apply({"params": p}, IMAGES, None, keys)[-1] ** 2)
+            lambda p: jnp.sum(module.apply({"params": p}, IMAGES, None, keys).states[-1] ** 2)
         )
         return jax.jit(gradient)(params), str(jax.make_jaxpr(gradient)(params))
 

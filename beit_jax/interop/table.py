@@ -6,6 +6,7 @@ stand for one number each and take the same value on both sides.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ class Rule(NamedTuple):
     torch: str
     flax: str
     transform: Transform = SAME
+    part: tuple[int, int] = (0, 1)  # (i, n): the foreign array is part i of n along our last axis
 
 
 class Buffer(NamedTuple):
@@ -44,55 +46,97 @@ class Buffer(NamedTuple):
     value: Callable[[], np.ndarray]
 
 
+class Dropped(NamedTuple):
+    """Foreign arrays that our model does not need, and why; a name may hold `{i}` and `{*}`."""
+
+    torch: str
+    reason: str
+
+
 class Table(NamedTuple):
     """All names of one weight family."""
 
     family: str  # for messages
     rules: tuple[Rule, ...]
     buffers: tuple[Buffer, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
 
 
-def import_params(table: Table, tensors: Mapping[str, Any], target: Mapping) -> dict:
-    """Foreign arrays as a tree of NumPy arrays like `target`.
+class Match(NamedTuple):
+    """What foreign arrays are to a model."""
+
+    found: dict[str, np.ndarray]  # Flax path -> array of the wanted shape and dtype
+    missing: list[str]  # Flax paths for which there is no array
+    unexpected: list[str]  # foreign names for which there is no place
+    dropped: dict[str, list[str]]  # reason -> foreign names
+    widths: dict[str, int]  # foreign dtypes other than ours -> number of arrays
+
+
+def match_params(table: Table, tensors: Mapping[str, Any], target: Mapping) -> Match:
+    """Lays foreign arrays beside the parameters of a model.
 
     Args:
       table: names of the family.
-      tensors: foreign name to array, without any wrapping dictionary.
+      tensors: foreign name to array, or to anything with shape, dtype and `__array__`.
       target: the wanted parameters, a nested dictionary of anything with shape and dtype.
+
+    Raises:
+      UserError: where a shape differs; names both.
+    """
+    wanted = flatten_dict(target, sep="/")
+    names = [(rule.torch, rule.flax) for rule in table.rules]
+    rules = {rule.torch: rule for rule in table.rules}
+    dropped = [(buffer.torch, "worked out again on export") for buffer in table.buffers]
+    dropped += [(name, reason) for name, reason in table.dropped]
+    match = Match({}, [], [], {}, {})
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for name, value in tensors.items():
+        template, path = _translate(name, names) or (None, None)
+        if path not in wanted:
+            _, reason = _translate(name, dropped) or (None, None)
+            place = match.dropped.setdefault(reason, []) if reason else match.unexpected
+            place.append(name)
+            continue
+        rule, leaf = rules[template], wanted[path]
+        if np.dtype(value.dtype) != leaf.dtype:
+            kind = str(np.dtype(value.dtype))
+            match.widths[kind] = match.widths.get(kind, 0) + 1
+        array = rule.transform.to_flax(np.asarray(value))
+        i, n = rule.part
+        shape = leaf.shape if n == 1 else (*leaf.shape[:-1], leaf.shape[-1] // n)
+        if array.shape != shape:
+            raise UserError(
+                f"{name} in the {table.family} weights has the shape {array.shape}, but the "
+                f"model's {path} takes {shape}: give the model the size of the weights"
+            )
+        parts.setdefault(path, {})[i] = array.astype(leaf.dtype, copy=False)
+        if len(parts[path]) == n:
+            pieces = parts.pop(path)
+            match.found[path] = (
+                pieces[0] if n == 1 else np.concatenate([pieces[i] for i in range(n)], axis=-1)
+            )
+    match.missing.extend(path for path in wanted if path not in match.found)
+    return match
+
+
+def import_params(table: Table, tensors: Mapping[str, Any], target: Mapping) -> dict:
+    """Foreign arrays as a tree of NumPy arrays like `target`, exactly: see `match_params`.
 
     Raises:
       UserError: where an array has no place, a parameter no array, or a shape differs; names them.
     """
-    wanted, found, leftover = flatten_dict(target, sep="/"), {}, []
-    names = [(rule.torch, rule.flax) for rule in table.rules]
-    transforms = {rule.torch: rule.transform for rule in table.rules}
-    buffers = [(buffer.torch, buffer.beside) for buffer in table.buffers]
-    for name, value in tensors.items():
-        if _translate(name, buffers) is not None:
-            continue
-        template, path = _translate(name, names) or (None, None)
-        if path not in wanted:
-            leftover.append(name)
-            continue
-        array = transforms[template].to_flax(np.asarray(value))
-        if array.shape != wanted[path].shape:
-            raise UserError(
-                f"{name} in the {table.family} weights has the shape {array.shape}, but the "
-                f"model's {path} has {wanted[path].shape}: give the model the size of the weights"
-            )
-        found[path] = array.astype(wanted[path].dtype)
-    if leftover:
+    match = match_params(table, tensors, target)
+    if match.unexpected:
         raise UserError(
-            f"the {table.family} weights hold {_listed(leftover)}, for which the model has no "
-            "place: give the model the parts that the weights have"
+            f"the {table.family} weights hold {listed(match.unexpected)}, for which the model has "
+            "no place: give the model the parts that the weights have"
         )
-    missing = [path for path in wanted if path not in found]
-    if missing:
+    if match.missing:
         raise UserError(
-            f"the {table.family} weights lack {_listed(missing)}, which the model needs: "
+            f"the {table.family} weights lack {listed(match.missing)}, which the model needs: "
             "give the model only the parts that the weights have"
         )
-    return unflatten_dict(found, sep="/")
+    return unflatten_dict(match.found, sep="/")
 
 
 def export_params(table: Table, params: Mapping) -> dict[str, np.ndarray]:
@@ -101,24 +145,27 @@ def export_params(table: Table, params: Mapping) -> dict[str, np.ndarray]:
     Raises:
       UserError: names the parameters for which the family has no name.
     """
-    names = [(rule.flax, rule.torch) for rule in table.rules]
-    transforms = {rule.flax: rule.transform for rule in table.rules}
+    rules: dict[str, list[Rule]] = {}
+    for rule in table.rules:
+        rules.setdefault(rule.flax, []).append(rule)
     buffers = {buffer.beside: buffer for buffer in table.buffers}
     tensors, leftover = {}, []
     for path, value in flatten_dict(params, sep="/").items():
-        match = _translate(path, names)
-        if match is None:
+        template, _ = _translate(path, [(flax, flax) for flax in rules]) or (None, None)
+        if template is None:
             leftover.append(path)
             continue
-        template, name = match
-        tensors[name] = np.ascontiguousarray(transforms[template].to_torch(np.asarray(value)))
+        for rule in rules[template]:
+            i, n = rule.part
+            array = np.asarray(value) if n == 1 else np.split(np.asarray(value), n, axis=-1)[i]
+            name = _translate(path, [(template, rule.torch)])[1]
+            tensors[name] = np.ascontiguousarray(rule.transform.to_torch(array))
         if template in buffers:
             buffer = buffers[template]
-            _, name = _translate(path, [(template, buffer.torch)])
-            tensors[name] = buffer.value()
+            tensors[_translate(path, [(template, buffer.torch)])[1]] = buffer.value()
     if leftover:
         raise UserError(
-            f"the {table.family} format has no name for {_listed(leftover)}: "
+            f"the {table.family} format has no name for {listed(leftover)}: "
             "export the model in the format of its own family"
         )
     return tensors
@@ -127,13 +174,19 @@ def export_params(table: Table, params: Mapping) -> dict[str, np.ndarray]:
 def _translate(name: str, names: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
     """The template that `name` fits and its counterpart with the same numbers, or None."""
     for source, destination in names:
-        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[0-9]+)", re.escape(source))
-        match = re.fullmatch(pattern, name)
+        match = _pattern(source).fullmatch(name)
         if match:
             return source, destination.format(**match.groupdict())
     return None
 
 
-def _listed(names: list[str], most: int = 8) -> str:
+@cache
+def _pattern(template: str) -> re.Pattern:
+    numbers = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[0-9]+)", re.escape(template))
+    return re.compile(numbers.replace(r"\{\*\}", ".*"))
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

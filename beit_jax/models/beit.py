@@ -7,43 +7,87 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from beit_jax.errors import UserError
-from beit_jax.models.layers import LayerNorm, float32_sums, scaled
-from beit_jax.models.vit import ViT
+from beit_jax.models.layers import TORCH_INIT, LayerNorm, float32_sums, scaled
+from beit_jax.models.vit import ViT, block_keys, make_block
 
 
 class MaskedImageModel(nn.Module):
     """Predicts the visual tokens of masked patches.
 
-    Source: BEiT (Bao et al. 2021), section 2.3; beit/modeling_pretrain.py, lines 100-135.
+    With `early_layers` above 0 there is a second prediction (BEiT v2): the patches as they are
+    after that many blocks go, with the final CLS, through `head_layers` blocks more, so that CLS
+    must carry what those patches still lack. Its norm and head are the first one's, or its own.
+
+    Source: BEiT (Bao et al. 2021), section 2.3, and beit/modeling_pretrain.py, lines 100-135; BEiT
+    v2 (Peng et al. 2022), section 2.3, and beit2/modeling_pretrain.py, lines 266-347.
     """
 
     encoder: ViT
     vocabulary: int
+    early_layers: int = 0
+    head_layers: int = 2
+    shared_head: bool = True
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, indices: jax.Array, keys: jax.Array | None = None
-    ) -> jax.Array:
-        """Returns logits over the codes, float32 [B, M, K], in the order of `indices`.
+        self,
+        images: jax.Array,
+        indices: jax.Array,
+        keys: jax.Array | None = None,
+        read: jax.Array | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """Returns logits over the codes, float32 [B, M, K]: one array, and one of the CLS branch.
 
         Args:
           images: [B, H, W, ch], normalised.
-          indices: int32 [B, M], the masked patches of each image in the row-major grid.
+          indices: int32 [B, M], the masked patches of each image in the row-major grid; -1 masks
+            nothing.
           keys: [B] random keys for stochastic depth in training, None otherwise.
+          read: int32 [B, M], the patches whose logits are wanted; None: the masked ones.
         """
-        size, dtype = self.encoder.patch_size, self.encoder.dtype
-        patches = jnp.arange((images.shape[1] // size) * (images.shape[2] // size))
-        mask = (indices[:, :, None] == patches[None, None, :]).any(axis=1)
-        x = self.encoder(images, mask, keys)[-1]
-        # Norm and head treat every token alike, so only the masked ones go through them.
-        x = jnp.take_along_axis(x, indices[:, :, None] + 1, axis=1)
-        x = LayerNorm(dtype=dtype, name="norm")(x)
-        weight = self.encoder.initial.weight
-        return _head(self.vocabulary, dtype=dtype, kernel_init=weight, name="lm_head")(x)
+        vit, size = self.encoder, self.encoder.patch_size
+        grid = (images.shape[1] // size, images.shape[2] // size)
+        mask = (indices[:, :, None] == jnp.arange(grid[0] * grid[1])[None, None, :]).any(axis=1)
+        states, bias = vit(images, mask, keys)
+        read = indices if read is None else read
+        norm = partial(LayerNorm, epsilon=vit.norm_epsilon, dtype=vit.dtype)
+        head = partial(_head, self.vocabulary, dtype=vit.dtype)
+
+        def logits(x, norm, head):
+            # Norm and head treat every token alike, so only those that are read go through them.
+            return head(norm(jnp.take_along_axis(x, read[:, :, None] + 1, axis=1)))
+
+        shared = norm(name="norm"), head(kernel_init=vit.initial.weight, name="lm_head")
+        final = logits(states[-1], *shared)
+        if not self.early_layers:
+            return (final,)
+        x = self._aggregate(states, bias, keys, grid)
+        if self.shared_head:
+            return final, logits(x, *shared)
+        initial = dict(kernel_init=TORCH_INIT.weight, bias_init=TORCH_INIT.bias(vit.width))
+        return final, logits(x, norm(name="cls_norm"), head(name="cls_lm_head", **initial))
+
+    def _aggregate(self, states, bias, keys, grid) -> jax.Array:
+        """Early patches under the final CLS, through the branch's blocks: [B, L, D]."""
+        vit, early = self.encoder, self.early_layers
+        if not early < vit.depth:
+            raise UserError(
+                f"config.model.early_layers of {early} must be below config.model.depth of "
+                f"{vit.depth}: the branch starts inside the encoder"
+            )
+        x = jnp.concatenate([states[-1][:, :1], states[early - 1][:, 1:]], axis=1)
+        steps = max(vit.depth, early + self.head_layers) - 1
+        for j in range(self.head_layers):
+            drop = vit.drop_path * (early + j) / max(steps, 1)
+            block = make_block(vit, early + j, grid, drop, TORCH_INIT, f"cls_block_{j}")
+            x = block(x, bias, block_keys(keys, vit.depth + j))
+        return x
 
 
 class Classifier(nn.Module):
     """Logits over the classes, from the mean of the patches ("mean") or from CLS ("cls").
+
+    Without classes there is no head, and the normalised vector is returned.
 
     Source: beit/modeling_finetune.py, lines 285-287 and 347-352.
     """
@@ -55,18 +99,21 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """images [B, H, W, ch], normalised, keys [B] or None -> float32 [B, C]."""
+        """images [B, H, W, ch], normalised, keys [B] or None -> float32 [B, C] or [B, D]."""
         dtype = self.encoder.dtype
-        x = self.encoder(images, keys=keys)[-1]
+        norm = partial(LayerNorm, epsilon=self.encoder.norm_epsilon, dtype=dtype)
+        x = self.encoder(images, keys=keys).states[-1]
         if self.pooling == "mean":
             x = x[:, 1:].mean(axis=1, dtype=jnp.float32)
-            x = LayerNorm(dtype=dtype, name="fc_norm")(x)
+            x = norm(name="fc_norm")(x)
         elif self.pooling == "cls":
-            x = LayerNorm(dtype=dtype, name="norm")(x[:, 0])
+            x = norm(name="norm")(x[:, 0])
         else:
             raise UserError(
                 f"config.model.pooling is {self.pooling!r}: choose mean (of the patches) or cls"
             )
+        if not self.classes:
+            return x.astype(jnp.float32)
         weight = scaled(self.encoder.initial.weight, self.head_scale)
         return _head(self.classes, dtype=dtype, kernel_init=weight, name="head")(x)
 

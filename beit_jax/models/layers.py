@@ -17,6 +17,11 @@ from beit_jax.errors import UserError
 
 Initializer = initializers.Initializer
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
+ACTIVATIONS = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
+}
+QKV_BIASES = ("qv", "qkv", "none")
 float32_sums = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 
@@ -36,23 +41,33 @@ def uniform_bias(fan_in: int) -> Initializer:
     )
 
 
+def zero_bias(fan_in: int) -> Initializer:
+    """The bias that most layers start with."""
+    del fan_in
+    return initializers.zeros
+
+
 class Init(NamedTuple):
-    """How a transformer's weights start; biases, gains and tables are the same for all."""
+    """How a transformer's weights start; gains, tables, q and v biases are the same for all.
+
+    The biases are functions of the number of values that a layer sums.
+    """
 
     weight: Initializer  # linear layers, tokens, absolute positions, heads
     patch_kernel: Initializer
-    patch_bias: Callable[[int], Initializer]  # of the patch's number of values
+    patch_bias: Callable[[int], Initializer]
+    bias: Callable[[int], Initializer] = zero_bias  # linear layers
 
 
+# PyTorch's default for linear layers and convolutions, with `uniform_bias`.
+kaiming_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # a = sqrt(5)
 # Masked image modelling, beit/modeling_pretrain.py lines 70-97.
-MIM_INIT = Init(clipped_normal, clipped_normal, lambda fan_in: initializers.zeros)
+MIM_INIT = Init(clipped_normal, clipped_normal, zero_bias)
 # Classifiers, VQ-KD and segmentation, beit/modeling_finetune.py lines 289-317: the cut at +-2 (not
-# +-2 deviations) never bites, and the patch embedding keeps PyTorch's Kaiming uniform, a = sqrt(5).
-FINETUNE_INIT = Init(
-    initializers.normal(0.02),
-    initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-    uniform_bias,
-)
+# +-2 deviations) never bites, and the patch embedding keeps PyTorch's default.
+FINETUNE_INIT = Init(initializers.normal(0.02), kaiming_uniform, uniform_bias)
+# What is created after the official code's own initialisation keeps PyTorch's defaults.
+TORCH_INIT = Init(kaiming_uniform, kaiming_uniform, uniform_bias, uniform_bias)
 
 
 def scaled(init: Initializer, factor: float) -> Initializer:
@@ -69,6 +84,7 @@ class PatchEmbed(nn.Module):
     patch_size: int
     width: int
     initial: Init
+    use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -81,12 +97,15 @@ class PatchEmbed(nn.Module):
             )
         shape = (size, size, channels, self.width)
         kernel = self.param("kernel", self.initial.patch_kernel, shape)
-        bias = self.param("bias", self.initial.patch_bias(size * size * channels), (self.width,))
         # Same sums as the usual strided convolution, but one matrix product on every backend.
         x = images.reshape(batch, height // size, size, width // size, size, channels)
         x = x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
-        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
-        return x @ kernel.reshape(-1, self.width) + bias[None, None]
+        x = x.astype(self.dtype) @ kernel.astype(self.dtype).reshape(-1, self.width)
+        if self.use_bias:
+            initial = self.initial.patch_bias(size * size * channels)
+            bias = self.param("bias", initial, (self.width,))
+            x = x + bias.astype(self.dtype)[None, None]
+        return x
 
 
 def relative_position_rows(grid: tuple[int, int]) -> int:
@@ -127,28 +146,36 @@ class RelativePositionBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases on queries and values, none on keys.
+    """Multi-head self-attention; by default with biases on queries and values, none on keys.
 
     x [B, L, D], bias float32 [heads, L, L] or None -> [B, L, D]. `relative_grid` adds a table of
-    this layer's own. Queries are scaled before the product, the bias is added unscaled.
-    Source: beit/modeling_finetune.py, lines 78-142.
+    this layer's own, `qkv_bias` is one of QKV_BIASES. Queries are scaled before the product, the
+    bias is added unscaled. Source: beit/modeling_finetune.py, lines 78-142.
     """
 
     heads: int
     relative_grid: tuple[int, int] | None = None
     output_scale: float = 1.0  # of the output projection's initial weights
     initial: Init = MIM_INIT
+    qkv_bias: str = "qv"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         batch, length, width = x.shape
         dense = partial(nn.Dense, dtype=self.dtype)
-        q_bias = self.param("q_bias", initializers.zeros, (width,))
-        v_bias = self.param("v_bias", initializers.zeros, (width,))
-        qkv = dense(3 * width, use_bias=False, kernel_init=self.initial.weight, name="qkv")(x)
-        qkv_bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
-        qkv = (qkv + qkv_bias[None, None]).reshape(batch, length, 3, self.heads, -1)
+        qkv = dense(
+            3 * width,
+            use_bias=self.qkv_bias == "qkv",
+            kernel_init=self.initial.weight,
+            name="qkv",
+        )(x)
+        if self.qkv_bias == "qv":
+            q_bias = self.param("q_bias", initializers.zeros, (width,))
+            v_bias = self.param("v_bias", initializers.zeros, (width,))
+            qkv_bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
+            qkv = qkv + qkv_bias[None, None]
+        qkv = qkv.reshape(batch, length, 3, self.heads, -1)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         q = q * q.shape[-1] ** -0.5
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
@@ -161,24 +188,27 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         x = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
         out = scaled(self.initial.weight, self.output_scale)
-        return dense(width, kernel_init=out, name="proj")(x)
+        bias = self.initial.bias(width)
+        return dense(width, kernel_init=out, bias_init=bias, name="proj")(x)
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact (erf) GELU between: [..., D] -> [..., D]."""
+    """Two linear layers with one of ACTIVATIONS between: [..., D] -> [..., D]."""
 
     hidden: int
     output_scale: float = 1.0  # of the second layer's initial weights
     initial: Init = MIM_INIT
+    activation: str = "gelu"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        width, weight, bias = x.shape[-1], self.initial.weight, self.initial.bias
         dense = partial(nn.Dense, dtype=self.dtype)
-        y = dense(self.hidden, kernel_init=self.initial.weight, name="fc1")(x)
-        y = nn.gelu(y, approximate=False)
-        out = scaled(self.initial.weight, self.output_scale)
-        return dense(x.shape[-1], kernel_init=out, name="fc2")(y)
+        y = dense(self.hidden, kernel_init=weight, bias_init=bias(width), name="fc1")(x)
+        y = ACTIVATIONS[self.activation](y)
+        out = scaled(weight, self.output_scale)
+        return dense(width, kernel_init=out, bias_init=bias(self.hidden), name="fc2")(y)
 
 
 def drop_path(keys: jax.Array, rate: float) -> jax.Array:
@@ -206,6 +236,9 @@ class Block(nn.Module):
     relative_grid: tuple[int, int] | None = None
     output_scale: float = 1.0
     initial: Init = MIM_INIT
+    qkv_bias: str = "qv"
+    activation: str = "gelu"
+    norm_epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -214,9 +247,16 @@ class Block(nn.Module):
     ) -> jax.Array:
         width = x.shape[-1]
         shared = {"output_scale": self.output_scale, "initial": self.initial, "dtype": self.dtype}
-        attn = Attention(self.heads, relative_grid=self.relative_grid, name="attn", **shared)
-        mlp = Mlp(int(width * self.mlp_ratio), name="mlp", **shared)
-        norm = partial(LayerNorm, dtype=self.dtype)
+        attn = Attention(
+            self.heads,
+            relative_grid=self.relative_grid,
+            qkv_bias=self.qkv_bias,
+            name="attn",
+            **shared,
+        )
+        hidden = round(width * self.mlp_ratio)
+        mlp = Mlp(hidden, activation=self.activation, name="mlp", **shared)
+        norm = partial(LayerNorm, epsilon=self.norm_epsilon, dtype=self.dtype)
         factors = None if keys is None or self.drop_path == 0 else drop_path(keys, self.drop_path)
         x = x + self._scale(attn(norm(name="norm1")(x), bias), factors, 1)
         return x + self._scale(mlp(norm(name="norm2")(x)), factors, 2)

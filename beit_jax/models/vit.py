@@ -1,11 +1,22 @@
 """The vision transformer that every stage shares."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from beit_jax.errors import UserError
-from beit_jax.models.layers import MIM_INIT, Block, Init, PatchEmbed, RelativePositionBias
+from beit_jax.models.layers import (
+    ACTIVATIONS,
+    MIM_INIT,
+    QKV_BIASES,
+    Block,
+    Init,
+    LayerNorm,
+    PatchEmbed,
+    RelativePositionBias,
+)
 
 POSITIONS = (
     "absolute",
@@ -16,13 +27,21 @@ POSITIONS = (
 )
 
 
+class Encoded(NamedTuple):
+    """What the transformer gives."""
+
+    states: tuple[jax.Array, ...]  # [B, L, D] after every block, CLS first
+    bias: jax.Array | None  # float32 [heads, L, L], the relative position bias that blocks share
+
+
 class ViT(nn.Module):
     """Patch embedding, CLS token, positions and blocks; no final norm, no head.
 
     `positions` says where tokens stand: a learned embedding ("absolute"), a relative position bias
     of every block's own ("relative") or one for all ("shared_relative"). Stochastic depth rises
     linearly over the blocks from 0 to `drop_path`. The initial output projections of block
-    l = 1, 2, ... are divided by sqrt(2 l). Source: beit/modeling_pretrain.py, lines 70-135.
+    l = 1, 2, ... are divided by sqrt(2 l). Source: beit/modeling_pretrain.py, lines 70-135. The
+    other fields describe the towers that teach BEiT v2: CLIP and DINO.
     """
 
     patch_size: int
@@ -33,6 +52,11 @@ class ViT(nn.Module):
     positions: str = "shared_relative"
     layer_scale: float = 0.1  # initial value; 0: none
     drop_path: float = 0.0
+    qkv_bias: str = "qv"  # which of queries, keys and values have a bias
+    activation: str = "gelu"
+    norm_epsilon: float = 1e-6  # added to the variance by every LayerNorm
+    norm_pre: bool = False  # a LayerNorm before the first block
+    patch_bias: bool = True
     initial: Init = MIM_INIT
     dtype: jnp.dtype = jnp.float32
     remat: bool = False  # recompute each block in the backward pass
@@ -40,8 +64,8 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(
         self, images: jax.Array, mask: jax.Array | None = None, keys: jax.Array | None = None
-    ) -> tuple[jax.Array, ...]:
-        """Returns the state [B, L, D] after every block, CLS first.
+    ) -> Encoded:
+        """Returns the state after every block.
 
         Args:
           images: [B, H, W, ch], normalised; H and W are multiples of the patch size.
@@ -50,36 +74,28 @@ class ViT(nn.Module):
           keys: [B] random keys switch stochastic depth on; row b's draws depend on keys[b] alone.
 
         Raises:
-          UserError: for unknown positions, a width that the heads do not divide, and images that
-            are not a whole number of patches.
+          UserError: for a field of an unknown value, a width that the heads do not divide, and
+            images that are not a whole number of patches.
         """
         self._check()
         size = self.patch_size
         grid = (images.shape[1] // size, images.shape[2] // size)
-        embed = PatchEmbed(size, self.width, self.initial, self.dtype, name="patch_embed")
+        embed = PatchEmbed(
+            size, self.width, self.initial, self.patch_bias, self.dtype, name="patch_embed"
+        )
         x = self._tokens(embed(images), mask)
-        kinds = self.positions.split("+")
+        if self.norm_pre:
+            x = LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name="norm_pre")(x)
         bias = None
-        if "shared_relative" in kinds:
+        if "shared_relative" in self.positions.split("+"):
             bias = RelativePositionBias(grid, self.heads, name="relative_position_bias")()
-        block_class = nn.remat(Block) if self.remat else Block
         states = []
         for i in range(self.depth):
-            block = block_class(
-                self.heads,
-                mlp_ratio=self.mlp_ratio,
-                layer_scale=self.layer_scale,
-                drop_path=self.drop_path * i / max(self.depth - 1, 1),
-                relative_grid=grid if "relative" in kinds else None,
-                output_scale=(2 * (i + 1)) ** -0.5,
-                initial=self.initial,
-                dtype=self.dtype,
-                name=f"block_{i}",
-            )
-            block_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-            x = block(x, bias, block_keys)
+            drop = self.drop_path * i / max(self.depth - 1, 1)
+            block = make_block(self, i, grid, drop, self.initial, f"block_{i}")
+            x = block(x, bias, block_keys(keys, i))
             states.append(x)
-        return tuple(states)
+        return Encoded(tuple(states), bias)
 
     def _tokens(self, patches: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Puts mask tokens in, CLS before and absolute positions on: [B, N, D] -> [B, L, D]."""
@@ -95,13 +111,44 @@ class ViT(nn.Module):
         return x
 
     def _check(self) -> None:
-        if self.positions not in POSITIONS:
-            raise UserError(
-                f"config.model.positions is {self.positions!r}: choose one of "
-                f"{', '.join(POSITIONS)}"
-            )
+        for key, known in (
+            ("positions", POSITIONS),
+            ("qkv_bias", QKV_BIASES),
+            ("activation", tuple(ACTIVATIONS)),
+        ):
+            if getattr(self, key) not in known:
+                raise UserError(
+                    f"config.model.{key} is {getattr(self, key)!r}: choose one of "
+                    f"{', '.join(known)}"
+                )
         if self.width % self.heads:
             raise UserError(
                 f"config.model.heads of {self.heads} does not divide config.model.width of "
                 f"{self.width}: change one of them"
             )
+
+
+def make_block(
+    vit: ViT, number: int, grid: tuple[int, int], drop_path: float, initial: Init, name: str
+) -> Block:
+    """A block like those of `vit`, initialised as number 0, 1, ... from the input."""
+    block_class = nn.remat(Block) if vit.remat else Block
+    return block_class(
+        vit.heads,
+        mlp_ratio=vit.mlp_ratio,
+        layer_scale=vit.layer_scale,
+        drop_path=drop_path,
+        relative_grid=grid if "relative" in vit.positions.split("+") else None,
+        output_scale=(2 * (number + 1)) ** -0.5,
+        initial=initial,
+        qkv_bias=vit.qkv_bias,
+        activation=vit.activation,
+        norm_epsilon=vit.norm_epsilon,
+        dtype=vit.dtype,
+        name=name,
+    )
+
+
+def block_keys(keys: jax.Array | None, number: int) -> jax.Array | None:
+    """The rows' keys [B] of one block, or None."""
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)

@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from beit_jax import losses
+from beit_jax.architecture import images_of, make_classifier
 from beit_jax.augment import color_jitter, normalize, to_unit
 from beit_jax.data.pipeline import View
 from beit_jax.errors import UserError
-from beit_jax.features import make_encoder
-from beit_jax.models.beit import Classifier
-from beit_jax.models.layers import FINETUNE_INIT
 from beit_jax.task import Purpose, Task, example_weights, keys_for, mean_of_sums
 
 
@@ -23,16 +21,10 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
             f"config.data.source={config.data.source} has no labels; classification needs them: "
             "sort the images into one sub-folder a class, or name a labelled TFDS dataset."
         )
-    model = Classifier(
-        encoder=make_encoder(config, FINETUNE_INIT),
-        classes=len(class_names),
-        pooling=config.model.pooling,
-        head_scale=config.classify.head_scale,
-    )
+    model = make_classifier(config, len(class_names))
 
     def init(key):
-        images = jnp.zeros((1, *config.data.image_size, config.data.channels))
-        return model.init(key, images)["params"], {}
+        return model.init(key, jnp.zeros(images_of(config).shape))["params"], {}
 
     def logits_of(params, images, drop_keys=None):
         images = normalize(images, config.model.mean, config.model.std)

@@ -16,26 +16,14 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from beit_jax import losses
+from beit_jax.architecture import images_of, make_dvae
 from beit_jax.augment import color_jitter, to_unit
 from beit_jax.data.pipeline import View
 from beit_jax.errors import UserError
 from beit_jax.models.dvae import DVAE, map_pixels, unmap_pixels
 from beit_jax.pictures import picture_rows
 from beit_jax.task import Purpose, Task, example_weights, keys_for, mean_of_sums
-
-
-def make_model(config: dict) -> DVAE:
-    """The network that a resolved config describes."""
-    dvae = config["dvae"]
-    return DVAE(
-        vocabulary=dvae["vocabulary"],
-        width=dvae["width"],
-        groups=dvae["groups"],
-        blocks_per_group=dvae["blocks_per_group"],
-        decoder_input=dvae["decoder_input"],
-        channels=config["data"]["channels"],
-        dtype=jnp.dtype(dvae["dtype"]),
-    )
+from beit_jax.tokenizer import decode_tokens
 
 
 class Training(NamedTuple):
@@ -47,8 +35,7 @@ class Training(NamedTuple):
     config: ConfigDict
 
     def init(self, key):
-        data = self.config.data
-        pixels = jnp.zeros((1, *data.image_size, data.channels))
+        pixels = jnp.zeros(images_of(self.config).shape)
         return self.model.init(key, pixels)["params"], {}
 
     def loss_fn(self, params, model_state, frozen, batch, keys, step):
@@ -105,7 +92,7 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
     del class_names, run
     _check(config)
     parts = Training(
-        make_model(config),
+        make_dvae(config),
         cosine_ramp(*config.dvae.temperature, config.dvae.temperature_steps),
         cosine_ramp(0.0, config.dvae.kl_weight, config.dvae.kl_steps),
         config,
@@ -122,13 +109,6 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
         schedules={"temperature": parts.temperature, "kl_weight": parts.kl_weight},
         evaluators={"reconstruction": picture},
     )
-
-
-def decode_tokens(model: DVAE, params, tokens: jax.Array) -> jax.Array:
-    """Decodes tokens int32 [B, h, w] to pictures [B, H, W, channels] in [0, 1]."""
-    codes = jax.nn.one_hot(tokens, model.vocabulary)
-    stats = model.apply({"params": params}, codes, method="decode")
-    return unmap_pixels(jax.nn.sigmoid(stats[..., : model.channels]))
 
 
 def finalize(sums) -> dict[str, jax.Array]:

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from beit_jax import checkpoint, features, losses, masking
+from beit_jax.architecture import images_of, make_masked_image_model
 from beit_jax.augment import color_jitter, normalize, to_unit
 from beit_jax.data.pipeline import View
 from beit_jax.errors import UserError
 from beit_jax.models.beit import MaskedImageModel
-from beit_jax.models.dvae import DVAE, map_pixels
 from beit_jax.pictures import picture_rows
 from beit_jax.task import Purpose, Task, example_weights, keys_for, mean_of_sums, row_keys
-from beit_jax.tasks import dvae
+from beit_jax.tokenizer import Tokenizer, from_weights
 
 
 def patch_grid(config) -> tuple[int, int]:
@@ -38,14 +38,13 @@ class Pretraining(NamedTuple):
     """The parts of masked image modelling, and the task's functions over them."""
 
     model: MaskedImageModel
-    tokenizer: DVAE
+    tokenizer: Tokenizer
     grid: tuple[int, int]
     num_masked: int
     config: ConfigDict
 
     def init(self, key):
-        data = self.config.data
-        images = jnp.zeros((1, *data.image_size, data.channels))
+        images = jnp.zeros(images_of(self.config).shape)
         indices = jnp.arange(self.num_masked)[None]
         return self.model.init(key, images, indices)["params"], {}
 
@@ -67,17 +66,19 @@ class Pretraining(NamedTuple):
         indices = self.masked_indices(keys)
         labels = jnp.take_along_axis(tokens, indices, axis=1)
         logits = self.logits(params, to_unit(batch["image"]), indices)
-        codes = jax.nn.one_hot(tokens.reshape(-1, *self.grid), self.tokenizer.vocabulary)
-        stats = self.tokenizer.apply({"params": frozen}, codes, method="decode")
-        nats = losses.logit_laplace(stats, map_pixels(token_images)).sum((1, 2, 3))
-        token_nats = losses.cross_entropy(logits, labels).sum(1)
+        token_nats = losses.cross_entropy(logits[0], labels).sum(1)
         count = weight.sum()
-        return self.sums(logits, labels, weight) | {
+        sums = self.sums(logits, labels, weight) | {
+            "masked_token_nats": ((token_nats * weight).sum(), count),
+            "masked_patches": (self.num_masked * count, count),
+        }
+        if self.tokenizer.nats is None:
+            return sums
+        nats = self.tokenizer.nats(frozen, tokens.reshape(-1, *self.grid), token_images)
+        return sums | {
             # The two-stage evidence bound of the paper's section 2.5, per image, in nats.
             "reconstruction_nats": ((nats * weight).sum(), count),
-            "masked_token_nats": ((token_nats * weight).sum(), count),
             "evidence_bound": (-((nats + token_nats) * weight).sum(), count),
-            "masked_patches": (self.num_masked * count, count),
         }
 
     def predict(self, params, frozen, batch, keys):
@@ -86,20 +87,18 @@ class Pretraining(NamedTuple):
         indices = self.masked_indices(keys)
         tokens = self.tokens(frozen, to_unit(batch["token_image"]))
         rows = jnp.arange(len(tokens))[:, None]
-        filled = tokens.at[rows, indices].set(self.logits(params, images, indices).argmax(-1))
+        filled = tokens.at[rows, indices].set(self.logits(params, images, indices)[0].argmax(-1))
         mask = jnp.zeros(tokens.shape).at[rows, indices].set(1.0).reshape(-1, *self.grid)
         patch = self.config.model.patch_size
         mask = mask.repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
         true, predicted = (
-            dvae.decode_tokens(self.tokenizer, frozen, t.reshape(-1, *self.grid))
-            for t in (tokens, filled)
+            self.tokenizer.pictures(frozen, t.reshape(-1, *self.grid)) for t in (tokens, filled)
         )
         return images * (1 - mask) + 0.5 * mask, true, predicted
 
     def tokens(self, frozen, token_images):
         """Hard tokens int32 [B, N] of images [B, H', W', channels] in [0, 1]."""
-        pixels = map_pixels(token_images)
-        codes = self.tokenizer.apply({"params": frozen}, pixels, method="encode").argmax(-1)
+        codes = self.tokenizer.tokens(frozen, token_images)
         chex.assert_shape(codes, (None, *self.grid))  # one token a patch
         return codes.reshape(len(codes), -1)
 
@@ -119,22 +118,30 @@ class Pretraining(NamedTuple):
         return jax.vmap(draw)(keys_for(keys, Purpose.MASK))
 
     def logits(self, params, images, indices, drop_keys=None):
-        """Logits [B, M, K] from images in [0, 1]; `drop_keys` [B] switch stochastic depth on."""
+        """Logits [B, M, K] of each head, from images in [0, 1]; `drop_keys` [B] may drop paths."""
         images = normalize(images, self.config.model.mean, self.config.model.std)
         return self.model.apply({"params": params}, images, indices, drop_keys)
 
     def sums(self, logits, labels, weight):
-        """Sums over the masked tokens; `weight` [B] counts images, or leaves padding out."""
-        chex.assert_equal_shape_prefix((logits, labels), 2)
+        """Sums over the masked tokens; `weight` [B] counts images, or leaves padding out.
+
+        `loss` is the sum of all heads' losses; with a CLS branch each is also given apart.
+        """
         weights = jnp.broadcast_to(weight[:, None], labels.shape)
         count = weights.sum()
-        hits = (logits.argmax(-1) == labels) * weights
         histogram = jnp.zeros(self.tokenizer.vocabulary).at[labels].add(weights)
-        return {
-            "loss": ((losses.cross_entropy(logits, labels) * weights).sum(), count),
-            "accuracy": (hits.sum(), count),
+        chex.assert_equal_shape_prefix((*logits, labels), 2)
+        loss = [(losses.cross_entropy(head, labels) * weights).sum() for head in logits]
+        hits = [((head.argmax(-1) == labels) * weights).sum() for head in logits]
+        sums = {
+            "loss": (sum(loss), count),
+            "accuracy": (hits[0], count),
             "guess_accuracy": (histogram, count),
         }
+        if len(logits) > 1:
+            sums["final_loss"], sums["cls_loss"] = (loss[0], count), (loss[1], count)
+            sums["cls_accuracy"] = (hits[1], count)
+        return sums
 
 
 def build(config, class_names: tuple[str, ...], run: Path) -> Task:
@@ -147,14 +154,15 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
         min_block=config.mask.min_block,
         aspect=config.mask.aspect,
     )
-    frozen, tokenizer = _tokenizer(config, run)
-    model = MaskedImageModel(encoder=features.make_encoder(config), vocabulary=tokenizer.vocabulary)
+    tokenizer = _tokenizer(config, run)
+    model = make_masked_image_model(config, tokenizer.vocabulary)
     parts = Pretraining(model, tokenizer, grid, num_masked, config)
-    evaluators = {"reconstruction": _picture_evaluator(parts.predict, config)}
+    evaluators = {}
+    if tokenizer.pictures is not None:
+        evaluators["reconstruction"] = _picture_evaluator(parts.predict, config)
     if config.eval.knn or config.eval.probe:
         evaluators["features"] = features.make_evaluator(config, class_names)
-    down = 2 ** (tokenizer.groups - 1)  # pixels of the tokenizer's view a token, each way
-    token_size = (grid[0] * down, grid[1] * down)
+    token_size = (grid[0] * tokenizer.factor, grid[1] * tokenizer.factor)
     return Task(
         views={
             "image": View(tuple(config.data.image_size), config.data.interpolation),
@@ -164,7 +172,7 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
         loss_fn=parts.loss_fn,
         eval_fn=parts.eval_fn,
         finalize=finalize,
-        frozen=frozen,
+        frozen=tokenizer.variables,
         predict=parts.predict,
         evaluators=evaluators,
     )
@@ -177,8 +185,8 @@ def finalize(sums) -> dict[str, jax.Array]:
     return mean_of_sums(sums | {"guess_accuracy": (histogram.max(), count)})
 
 
-def _tokenizer(config, run: Path) -> tuple[dict, DVAE]:
-    """The frozen tokenizer's weights and network, from the run's own copy if there is one."""
+def _tokenizer(config, run: Path) -> Tokenizer:
+    """The frozen tokenizer, from the run's own copy if there is one."""
     folder, path = run / "frozen" / "tokenizer", config.tokenizer.path
     weights = checkpoint.load_frozen(folder)
     if weights is None:
@@ -190,6 +198,7 @@ def _tokenizer(config, run: Path) -> tuple[dict, DVAE]:
             )
         weights = checkpoint.load_weights(path, "config.tokenizer.path")
         _check_tokenizer(config, weights)
+        from_weights(weights, "config.tokenizer.path")  # refuses what is none before it is kept
         checkpoint.save_frozen(folder, weights)
     elif path and Path(path).exists() and Path(path).resolve() not in Path(weights.source).parents:
         raise UserError(
@@ -197,15 +206,10 @@ def _tokenizer(config, run: Path) -> tuple[dict, DVAE]:
             "names another; give a new --workdir, or the old path."
         )
     _check_tokenizer(config, weights)
-    return weights.params, dvae.make_model(weights.config)
+    return from_weights(weights, "config.tokenizer.path")
 
 
 def _check_tokenizer(config, weights: checkpoint.Weights) -> None:
-    if weights.config["task"] != "dvae":
-        raise UserError(
-            f"config.tokenizer.path={config.tokenizer.path} is a run of task "
-            f"{weights.config['task']!r}, not of a tokenizer (dvae)."
-        )
     channels = weights.config["data"]["channels"]
     if channels != config.data.channels:
         raise UserError(
