@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from beit_jax.interop.stand_ins import (
-    LONGEST_KEY,
     Array,
     Damaged,
     Dtype,
@@ -110,7 +109,8 @@ class _Machine:
     # Containers
 
     def _gather(self, make: Callable[[list], Any]):
-        self._stack.append(make(self._since_mark()))
+        items = self._since_mark()
+        self._stack.append(make(items))
 
     def _tuple(self, length: int):
         items = tuple(self._stack.pop() for _ in range(length))
@@ -136,8 +136,7 @@ class _Machine:
         name, module = self._stack.pop(), self._stack.pop()
         if type(name) is not str or type(module) is not str:
             raise Damaged("a name that is no text")
-        if len(name) + len(module) > LONGEST_KEY:
-            raise Damaged("a name is too long")
+        self._charge((name, module))
         self._global(f"{module}.{name}")
 
     def _reduce(self, _):
@@ -151,6 +150,20 @@ class _Machine:
             self._stack.append(Record(str(kind)))
         else:
             self._call(kind, arguments)
+
+    def _new_object_with_keywords(self, _):
+        if self._stack.pop() != {}:
+            raise Refused(f"would call {self._stack[-2]} with named arguments")
+        self._new_object(None)
+
+    def _object(self, _):
+        kind, *arguments = self._since_mark()
+        self._call(kind, tuple(arguments))
+
+    def _instance(self, name: str):
+        arguments = tuple(self._since_mark())
+        self._global(name)
+        self._call(self._stack.pop(), arguments)
 
     def _call(self, function: Any, arguments: Any):
         if type(function) is not Name or type(arguments) is not tuple:
@@ -222,6 +235,9 @@ _METHODS: dict[str, Callable[[_Machine, Any], None]] = {
     "STACK_GLOBAL": _Machine._stack_global,
     "REDUCE": _Machine._reduce,
     "NEWOBJ": _Machine._new_object,
+    "NEWOBJ_EX": _Machine._new_object_with_keywords,
+    "OBJ": _Machine._object,
+    "INST": lambda machine, name: machine._instance(name.replace(" ", ".", 1)),
     "BUILD": _Machine._build,
     "BINPERSID": _Machine._persistent,
 }

@@ -14,7 +14,13 @@ LONGEST_KEY = 4096
 
 
 class Refused(Exception):
-    """What a file asks for and does not get, as the second half of a sentence."""
+    """What a file asks for and does not get, as the end of a sentence, and what to do instead."""
+
+    def __init__(self, what: str, remedy: str = ""):
+        super().__init__(what)
+        self.remedy = remedy or (
+            "nothing of it was run: save the model's state_dict() with torch.save and name that"
+        )
 
 
 class Damaged(ValueError):
