@@ -7,7 +7,7 @@ stand for one number each and take the same value on both sides.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -26,6 +26,9 @@ SAME = Transform(lambda array: array, lambda array: array)
 LINEAR = Transform(np.transpose, np.transpose)  # [out, in] and [in, out]
 CONV = Transform(  # [out, in, kh, kw] and [kh, kw, in, out]
     lambda array: array.transpose(2, 3, 1, 0), lambda array: array.transpose(3, 2, 0, 1)
+)
+CONV_TRANSPOSED = Transform(  # [in, out, kh, kw] and [kh, kw, in, out]
+    lambda array: array.transpose(2, 3, 0, 1), lambda array: array.transpose(2, 3, 0, 1)
 )
 
 
@@ -60,6 +63,38 @@ class Table(NamedTuple):
     rules: tuple[Rule, ...]
     buffers: tuple[Buffer, ...] = ()
     dropped: tuple[Dropped, ...] = ()
+
+
+Row = TypeVar("Row", Rule, Buffer)
+
+
+def dense(torch: str, flax: str) -> tuple[Rule, Rule]:
+    """Rows of a linear layer."""
+    return Rule(f"{torch}.weight", f"{flax}/kernel", LINEAR), Rule(f"{torch}.bias", f"{flax}/bias")
+
+
+def norm(torch: str, flax: str) -> tuple[Rule, Rule]:
+    """Rows of a normalisation's gain and offset."""
+    return Rule(f"{torch}.weight", f"{flax}/scale"), Rule(f"{torch}.bias", f"{flax}/bias")
+
+
+def prefixed(rows: Iterable[Row], torch: str = "", flax: str = "") -> tuple[Row, ...]:
+    """Rows for a network that lies inside another one on either side."""
+    return tuple(type(row)(torch + row[0], flax + row[1], *row[2:]) for row in rows)
+
+
+def within(collection: str, rows: Iterable[Row]) -> tuple[Row, ...]:
+    """Rows for a network that has other collections beside "params", each a tree of its own."""
+    return prefixed(rows, flax=f"{collection}/")
+
+
+def renamed(names: Iterable[str], source: Iterable[Rule], target: Iterable[Rule]) -> dict[str, str]:
+    """One family's names to those that another has for the same places, where it has one."""
+    first = [(rule.torch, rule.flax) for rule in source]
+    second = [(rule.flax, rule.torch) for rule in target]
+    places = {name: _translate(name, first) for name in names}
+    found = {name: _translate(place[1], second) for name, place in places.items() if place}
+    return {name: match[1] for name, match in found.items() if match}
 
 
 class Match(NamedTuple):
