@@ -47,7 +47,7 @@ def warm_start(params: PyTree, weights: Weights, config: Mapping) -> tuple[PyTre
     if not all("patch_embed" in tree.get("encoder", {}) for tree in (params, weights.params)):
         raise UserError(
             f"config.init.path={weights.source} holds no encoder for this task; name a run of task "
-            "mim or classify for one of these tasks."
+            "mim or classify, or leave config.init.path empty."
         )
     _check_architecture(weights, config)
     found, wanted = (flatten_dict(tree, sep="/") for tree in (weights.params, params))
@@ -75,6 +75,8 @@ def _take(wanted: Mapping, found: Mapping, origins: Mapping) -> tuple[dict, dict
     for module, names in modules.items():
         misfits = (_misfit(name, wanted[name], found.get(origins[name])) for name in names)
         misfit = next(filter(None, misfits), None)
+        if misfit and not any(origins[name] in found for name in names):
+            misfit = "it has none"
         if misfit:
             fresh[module] = misfit
         else:

@@ -100,37 +100,3 @@ def test_a_frozen_copy_is_read_back_and_checked(tmp_path):
     about.write_text(about.read_text().replace(digest, "0" * 64))
     with pytest.raises(UserError, match="damaged"):
         checkpoint.load_frozen(tmp_path / "tokenizer")
-
-
-def encoder(**arrays):
-    return {"encoder": {"kernel": np.zeros((4, 4), np.float32), **arrays}, "head": np.ones(3)}
-
-
-def pretrained(params) -> checkpoint.Weights:
-    return checkpoint.Weights(params, {}, "runs/mim", "")
-
-
-def test_a_shared_position_table_goes_to_every_block():
-    table = np.arange(8.0, dtype=np.float32).reshape(4, 2)
-    empty = {"attn": {"relative_position_bias": {"table": np.zeros((4, 2), np.float32)}}}
-    target = encoder(block_0=empty, block_1=empty)
-    source = encoder(relative_position_bias={"table": table}, mask_token=np.ones(4))
-    source["encoder"]["kernel"] = np.ones((4, 4), np.float32)
-    params, report = checkpoint.warm_start(target, pretrained(source))
-    for block in ("block_0", "block_1"):
-        found = params["encoder"][block]["attn"]["relative_position_bias"]["table"]
-        np.testing.assert_array_equal(found, table)
-    np.testing.assert_array_equal(params["encoder"]["kernel"], np.ones((4, 4)))
-    np.testing.assert_array_equal(params["head"], np.ones(3))
-    assert report.startswith("3 encoder arrays taken from runs/mim")
-
-
-def test_a_missing_or_misshapen_encoder_is_refused():
-    with pytest.raises(UserError, match="has no encoder/extra"):
-        checkpoint.warm_start(encoder(extra=np.zeros(2)), pretrained(encoder()))
-    with pytest.raises(UserError, match=r"encoder/kernel is \(4, 4\) .* but \(2, 2\) here"):
-        other = encoder()
-        other["encoder"]["kernel"] = np.zeros((2, 2))
-        checkpoint.warm_start(other, pretrained(encoder()))
-    with pytest.raises(UserError, match="holds no encoder"):
-        checkpoint.warm_start(encoder(), pretrained({"decoder": {}}))
