@@ -8,7 +8,7 @@ from golden_files import load, random_params, shapes
 from beit_jax.errors import UserError
 from beit_jax.interop import dall_e
 from beit_jax.interop.beit import official
-from beit_jax.interop.table import export_params, import_params
+from beit_jax.interop.table import Table, export_params, import_params
 from beit_jax.models.beit import Classifier, MaskedImageModel
 from beit_jax.models.dvae import Decoder, Encoder
 from beit_jax.models.vit import ViT
@@ -16,6 +16,7 @@ from beit_jax.models.vit import ViT
 TINY = dict(patch_size=16, width=48, depth=3, heads=3)
 IMAGES, MASKED = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 6), jnp.int32)
 BEIT = official((4, 4))
+DALL_E = Table("DALL-E", dall_e.RULES)
 PIXELS = jnp.zeros((1, 8, 8, 3))
 
 
@@ -36,9 +37,9 @@ FAMILIES = {
     ),
     "beit_finetune/checkpoint": (BEIT, lambda: classifier("relative", "mean")),
     "beit_finetune_cls/checkpoint": (BEIT, lambda: classifier("absolute+relative", "cls")),
-    "dall_e/encoder": (dall_e.ENCODER, lambda: shapes(Encoder(**TOKENIZER), PIXELS)),
+    "dall_e/encoder": (DALL_E, lambda: shapes(Encoder(**TOKENIZER), PIXELS)),
     "dall_e/decoder": (
-        dall_e.DECODER,
+        DALL_E,
         lambda: shapes(Decoder(**TOKENIZER, decoder_input=32), jnp.zeros((1, 1, 1, 512))),
     ),
 }

@@ -6,16 +6,22 @@ and so on are the official names, `encoder/...` those of `models.beit`.
 
 import numpy as np
 
-from beit_jax.interop.table import CONV, LINEAR, Buffer, Rule, Table
-from beit_jax.models.layers import relative_position_index
-
-
-def _dense(torch: str, flax: str) -> tuple[Rule, Rule]:
-    return Rule(f"{torch}.weight", f"{flax}/kernel", LINEAR), Rule(f"{torch}.bias", f"{flax}/bias")
-
-
-def _norm(torch: str, flax: str) -> tuple[Rule, Rule]:
-    return Rule(f"{torch}.weight", f"{flax}/scale"), Rule(f"{torch}.bias", f"{flax}/bias")
+from beit_jax.architecture import patch_grid
+from beit_jax.errors import UserError
+from beit_jax.interop.family import (
+    HALF,
+    IMAGENET,
+    Description,
+    Family,
+    Hints,
+    Shapes,
+    count,
+    heads_of,
+    square_grid,
+    stated_size,
+)
+from beit_jax.interop.table import CONV, LINEAR, Buffer, Rule, Table, dense, norm
+from beit_jax.models.layers import relative_position_index, relative_position_rows
 
 
 def _same(torch: str, flax: str, *names: str) -> tuple[Rule, ...]:
@@ -32,19 +38,19 @@ RULES = (
     Rule("patch_embed.proj.weight", "encoder/patch_embed/kernel", CONV),
     Rule("patch_embed.proj.bias", "encoder/patch_embed/bias"),
     Rule(f"rel_pos_bias.{_TABLE}", _SHARED_BIAS),
-    *_norm(f"{_BLOCK}.norm1", f"{_FLAX_BLOCK}/norm1"),
+    *norm(f"{_BLOCK}.norm1", f"{_FLAX_BLOCK}/norm1"),
     *_same(f"{_BLOCK}.attn.", f"{_FLAX_BLOCK}/attn", "q_bias", "v_bias"),
     Rule(f"{_BLOCK}.attn.{_TABLE}", _BLOCK_BIAS),
     Rule(f"{_BLOCK}.attn.qkv.weight", f"{_FLAX_BLOCK}/attn/qkv/kernel", LINEAR),
-    *_dense(f"{_BLOCK}.attn.proj", f"{_FLAX_BLOCK}/attn/proj"),
-    *_norm(f"{_BLOCK}.norm2", f"{_FLAX_BLOCK}/norm2"),
-    *_dense(f"{_BLOCK}.mlp.fc1", f"{_FLAX_BLOCK}/mlp/fc1"),
-    *_dense(f"{_BLOCK}.mlp.fc2", f"{_FLAX_BLOCK}/mlp/fc2"),
+    *dense(f"{_BLOCK}.attn.proj", f"{_FLAX_BLOCK}/attn/proj"),
+    *norm(f"{_BLOCK}.norm2", f"{_FLAX_BLOCK}/norm2"),
+    *dense(f"{_BLOCK}.mlp.fc1", f"{_FLAX_BLOCK}/mlp/fc1"),
+    *dense(f"{_BLOCK}.mlp.fc2", f"{_FLAX_BLOCK}/mlp/fc2"),
     *_same(f"{_BLOCK}.", _FLAX_BLOCK, "gamma_1", "gamma_2"),
-    *_norm("norm", "norm"),  # pre-training, and classifiers that read CLS
-    *_dense("lm_head", "lm_head"),
-    *_norm("fc_norm", "fc_norm"),  # classifiers that read the mean of the patches
-    *_dense("head", "head"),
+    *norm("norm", "norm"),  # pre-training, and classifiers that read CLS
+    *dense("lm_head", "lm_head"),
+    *norm("fc_norm", "fc_norm"),  # classifiers that read the mean of the patches
+    *dense("head", "head"),
 )
 
 
@@ -59,3 +65,144 @@ def official(grid: tuple[int, int]) -> Table:
         Buffer(f"{_BLOCK}.attn.{_INDEX}", _BLOCK_BIAS, index),
     )
     return Table("official BEiT", RULES, buffers)
+
+
+def _fits(shapes: Shapes) -> bool:
+    # Other vision transformers have a bias on the keys too.
+    needed = {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"}
+    return needed <= set(shapes) and "blocks.0.attn.qkv.bias" not in shapes
+
+
+def encoder_config(shapes: Shapes, hints: Hints) -> dict:
+    """What the encoder's arrays, under their official names, say of a run's config."""
+    width, channels, patch, _ = shapes["patch_embed.proj.weight"]
+    depth = count(shapes, "blocks.{}.attn.qkv.weight")
+    layer_scale = "blocks.0.gamma_1" in shapes
+    config = {
+        "data.channels": channels,
+        "model.patch_size": patch,
+        "model.width": width,
+        "model.depth": depth,
+        "model.mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / width,
+        "model.layer_scale": (0.1 if depth < 24 else 1e-5) if layer_scale else 0.0,
+        "model.qkv_bias": "qv" if "blocks.0.attn.q_bias" in shapes else "none",
+        "model.pooling": "mean" if "fc_norm.weight" in shapes else "cls",
+    }
+    return config | _positions(shapes, hints, width, patch)
+
+
+def size_of(config: dict) -> str:
+    """A word or two for people."""
+    width, depth = config["model.width"], config["model.depth"]
+    return SIZES.get((width, depth), f"of width {width} and {depth} blocks")
+
+
+def _describe(shapes: Shapes, hints: Hints) -> Description:
+    config = encoder_config(shapes, hints)
+    config |= _branch(shapes, hints, config["model.depth"])
+    preprocessing, notes = _preprocessing(shapes, hints, config["data.image_size"])
+    task, head = next(
+        ((task, head) for task, head in HEADS.items() if f"{head}.weight" in shapes),
+        ("encoder", None),
+    )
+    outputs = shapes[f"{head}.weight"][0] if head else 0
+    what = {"mim": "masked image modelling", "classify": "classifier", "encoder": "bare encoder"}
+    label = f"BEiT {size_of(config)}, {what[task]}"
+    return Description(label, task, outputs, config | preprocessing, notes)
+
+
+HEADS = {"mim": "lm_head", "classify": "head"}
+SIZES = {(768, 12): "base", (1024, 24): "large", (1280, 32): "huge", (1408, 40): "giant"}
+
+
+def _positions(shapes: Shapes, hints: Hints, width: int, patch: int) -> dict:
+    """How the weights know where patches stand, on which grid, and with how many heads."""
+    shared = shapes.get(f"rel_pos_bias.{_TABLE}")
+    own = shapes.get(f"blocks.0.attn.{_TABLE}")
+    kinds = [
+        kind
+        for kind, there in (
+            ("absolute", "pos_embed" in shapes),
+            ("relative", own),
+            ("shared_relative", shared),
+        )
+        if there
+    ]
+    if not kinds:
+        raise UserError(
+            "the weights hold neither pos_embed nor relative position tables, without which BEiT "
+            "does not know where a patch stands: take the checkpoint before they were stripped"
+        )
+    table = shared or own
+    size = stated_size(hints)
+    if size and all(pixels % patch == 0 for pixels in size):
+        grid = (size[0] // patch, size[1] // patch)
+    else:
+        grid = None
+    fits = grid and (
+        relative_position_rows(grid) == table[0]
+        if table
+        else grid[0] * grid[1] + 1 == shapes["pos_embed"][1]
+    )
+    if not fits:
+        if table:
+            side = (square_grid(table[0] - 3, "the relative position table") + 1) // 2
+        else:
+            side = square_grid(shapes["pos_embed"][1] - 1, "pos_embed")
+        grid = (side, side)
+    return {
+        "model.positions": "+".join(kinds),
+        "model.heads": table[1] if table else heads_of(width, hints),
+        "data.image_size": (grid[0] * patch, grid[1] * patch),
+    }
+
+
+def _branch(shapes: Shapes, hints: Hints, depth: int) -> dict:
+    """BEiT v2's CLS branch, whose start no tensor shows."""
+    blocks = count(shapes, "cls_pt_layers.{}.attn.qkv.weight")
+    if not blocks:
+        return {}
+    early = hints.early_layers or hints.arguments.get("early_layers") or EARLY_LAYERS.get(depth)
+    if early is None:
+        raise UserError(
+            f"the weights have a CLS branch of {blocks} blocks, but do not say after which of the "
+            f"{depth} blocks it takes its patches, and {depth} is no published depth: give "
+            "--early-layers"
+        )
+    return {
+        "model.early_layers": early,
+        "model.head_layers": blocks,
+        "model.shared_head": "cls_pt_lm_head.weight" not in shapes,
+    }
+
+
+EARLY_LAYERS = {12: 9, 24: 21}  # beit2/run_beitv2_pretraining.py and its README
+
+
+def _preprocessing(shapes: Shapes, hints: Hints, size: tuple[int, int]) -> tuple[dict, tuple]:
+    """Pixel statistics and crop, from what lies beside the weights or from the released recipes."""
+    timm = hints.about.get("pretrained_cfg", {})
+    share = timm.get("crop_pct", 0.875 if size[0] < 384 else 1.0)
+    config = {"data.eval_crop": share, "data.interpolation": "bicubic"}
+    if "mean" in timm and "std" in timm:
+        return config | {"model.mean": tuple(timm["mean"]), "model.std": tuple(timm["std"])}, ()
+    imagenet = hints.arguments.get("imagenet_default_mean_and_std")
+    if imagenet is not None:
+        mean, std = IMAGENET if imagenet else HALF
+        return config | {"model.mean": mean, "model.std": std}, ()
+    imagenet = "cls_pt_layers.0.attn.qkv.weight" in shapes
+    mean, std = IMAGENET if imagenet else HALF
+    note = (
+        f"mean {mean} and std {std} are assumed, as BEiT{' v2' * imagenet}'s released weights "
+        "have them; weights trained with others need model.mean and model.std changed in "
+        "config.json"
+    )
+    return config | {"model.mean": mean, "model.std": std}, (note,)
+
+
+BEIT = Family(
+    "BEiT (official or timm)",
+    _fits,
+    _describe,
+    lambda config: official(patch_grid(config)),
+)

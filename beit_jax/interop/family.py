@@ -17,6 +17,10 @@ Shapes = Mapping[str, tuple[int, ...]]  # foreign name -> shape
 # Width to heads of the published sizes whose heads are not 64 wide (beit/ and beit2/).
 PUBLISHED_HEADS = {544: 16, 1280: 16, 1408: 16}
 
+# Mean and standard deviation of pixels in [0, 1].
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # Inception's, which maps to [-1, 1]
+
 
 class Hints(NamedTuple):
     """What is known beside the tensors."""
@@ -36,6 +40,7 @@ class Description(NamedTuple):
     outputs: int  # the head's: codes, classes or the width of a projection; 0: no head
     config: dict[str, Any]  # dotted keys of configs/common.py -> values
     notes: tuple[str, ...] = ()  # what was assumed, one sentence each
+    parts: tuple[str, ...] = ()  # top-level parameters that the file is to fill; (): all of them
 
 
 class Family(NamedTuple):
@@ -76,9 +81,21 @@ def square_grid(patches: int, what: str) -> int:
     return side
 
 
-def count(shapes: Shapes, template: str) -> int:
-    """How many of the names `template` (with one `{}`) gives for 0, 1, 2, ... there are."""
-    number = 0
+def stated_size(hints: Hints) -> tuple[int, int] | None:
+    """Height and width of the images, where something beside the tensors says them."""
+    size = (
+        hints.about.get("image_size")
+        or hints.about.get("pretrained_cfg", {}).get("input_size", ())[-2:]
+        or hints.arguments.get("input_size")
+    )
+    if isinstance(size, int):
+        return size, size
+    return tuple(size) if size and len(size) == 2 else None
+
+
+def count(shapes: Shapes, template: str, first: int = 0) -> int:
+    """How many of the names that `template` gives for `first`, `first` + 1, ... there are."""
+    number = first
     while template.format(number) in shapes:
         number += 1
-    return number
+    return number - first
