@@ -83,6 +83,13 @@ class Keeper:
             for name in TREES
             if _leaves(getattr(abstract, name))
         }
+        folder = Path(self._manager.directory) / str(step)
+        if missing := [name for name in items if not (folder / name).is_dir()]:
+            raise UserError(
+                f"{folder} holds no {' and no '.join(missing)}: imported weights and those of "
+                "another recipe cannot be trained on in place; start a new --workdir from them "
+                "with --config.init.path."
+            )
         restored = self._manager.restore(
             step, args=ocp.args.Composite(progress=ocp.args.JsonRestore(), **items)
         )
@@ -110,9 +117,15 @@ class Weights(NamedTuple):
     """A network read from a run's folder."""
 
     params: PyTree  # NumPy arrays
+    model_state: PyTree  # what the network keeps beside them, such as a codebook; {} for most
     config: dict  # the whole resolved config of the run that trained it
     source: str  # the checkpoint's path
-    digest: str  # SHA-256 of the parameters
+    digest: str  # SHA-256 of both
+
+    @property
+    def variables(self) -> dict:
+        """All collections of the network, for `apply`."""
+        return {"params": self.params, **self.model_state}
 
 
 def load_weights(path: str, named: str) -> Weights:
@@ -133,8 +146,11 @@ def load_weights(path: str, named: str) -> Weights:
             "checkpoints/<step>/ in it); train one first or name another run's folder."
         )
     item = "ema_params" if (checkpoint / "ema_params").is_dir() else "params"
-    params = read_tree(checkpoint / item)
-    return Weights(params, read_config(run), str(checkpoint), digest(params))
+    params, model_state = read_tree(checkpoint / item), {}
+    if (checkpoint / "model_state").is_dir():
+        model_state = read_tree(checkpoint / "model_state")
+    found = Weights(params, model_state, read_config(run), str(checkpoint), "")
+    return found._replace(digest=digest(found.variables))
 
 
 def read_config(run: Path) -> dict:
@@ -148,7 +164,7 @@ def read_config(run: Path) -> dict:
 def save_frozen(folder: Path, weights: Weights) -> None:
     """Keeps a copy of a frozen network, so that the run needs nothing outside its folder."""
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((folder / "params").resolve(), weights.params, force=True)
+        checkpointer.save((folder / "variables").resolve(), weights.variables, force=True)
     if jax.process_index() == 0:  # written last: its presence says that the copy is whole
         (folder / "source.json").write_text(
             json.dumps(
@@ -163,10 +179,11 @@ def load_frozen(folder: Path) -> Weights | None:
     if not (folder / "source.json").is_file():
         return None
     about = json.loads((folder / "source.json").read_text(), object_hook=_tuples)
-    params = read_tree(folder.resolve() / "params")
-    if digest(params) != about["sha256"]:
+    variables = read_tree(folder.resolve() / "variables")
+    if digest(variables) != about["sha256"]:
         raise UserError(f"{folder} is damaged: its weights do not match the hash in source.json.")
-    return Weights(params, about["config"], about["source"], about["sha256"])
+    params = variables.pop("params")
+    return Weights(params, variables, about["config"], about["source"], about["sha256"])
 
 
 def digest(params: PyTree) -> str:

@@ -3,6 +3,7 @@
 python -m beit_jax.main --config=configs/mim_base.py --config.data.source=folder:PHOTOS
 """
 
+import argparse
 import math
 import os
 import sys
@@ -12,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from beit_jax import checkpoint, train
+from beit_jax import checkpoint, stored_config, train
 from beit_jax.errors import UserError
 from beit_jax.run import Run
 
@@ -30,6 +31,7 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, 
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes that train together")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "this process's number, from 0")
 
+STORED_CONFIG = str(Path(stored_config.__file__))
 # May differ between a run and its continuation: they change no number that was logged.
 CHANGEABLE = (
     "train.steps", "train.epochs", "train.accumulate", "train.log_every", "train.eval_every",
@@ -61,25 +63,18 @@ def start_distributed() -> None:
 
 
 def resolve() -> tuple[Path, ConfigDict]:
-    """The run's folder and its config, checked against what the folder already holds.
-
-    `--mode=eval` without `--config` takes the config that the run was trained with.
-    """
-    path = config_flags.get_config_filename(flags.FLAGS["config"]) if CONFIG.value else None
-    if path is None and not WORKDIR.value:
+    """The run's folder and its config, checked against what the folder already holds."""
+    if not CONFIG.value:
         raise UserError(
             "--config is missing; for example: python -m beit_jax.main "
             "--config=configs/mim_base.py --config.data.source=folder:PHOTOS"
         )
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
     run = Path(WORKDIR.value or f"runs/{Path(path).stem}").expanduser()
     stored = checkpoint.read_config(run) if (run / "config.json").is_file() else None
-    if path is None:
-        if stored is None or MODE.value != "eval":
-            raise UserError(f"--config is missing, and {run} is not a run that could be evaluated.")
-        config = ConfigDict(stored)
-        config.mesh.fsdp = math.gcd(config.mesh.fsdp, jax.device_count())
-        return run, config
     config = CONFIG.value
+    if path == STORED_CONFIG and MODE.value == "eval":  # perhaps on a smaller machine
+        config.mesh.fsdp = math.gcd(config.mesh.fsdp, jax.device_count())
     if MODE.value == "eval" and stored is None:
         raise UserError(f"--workdir={run} holds no run to evaluate; train it with --mode=train.")
     if stored is not None:
@@ -115,12 +110,29 @@ def parse(argv: list[str]) -> list[str]:
         app.usage(writeto_stdout=True)
         sys.exit(0)
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(_with_config(argv))
         _ = CONFIG.value and CONFIG.value.task  # a file that cannot be loaded fails when read
     except (flags.Error, AttributeError, LookupError, TypeError, OSError, SyntaxError) as error:
         sentence = " ".join(str(error).replace("\\n", " ").split())
         raise UserError(f"the command line cannot be used: {sentence}") from error
     return rest
+
+
+def _with_config(argv: list[str]) -> list[str]:
+    """Adds the config that the run in --workdir was started with where no --config is given."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", "-config")
+    finder.add_argument("--workdir", "-workdir")
+    given, _ = finder.parse_known_args(argv[1:])
+    if given.config or not given.workdir:
+        return argv
+    run = Path(given.workdir).expanduser()
+    if not (run / "config.json").is_file():
+        raise UserError(
+            f"--config is missing, and {run} holds no config.json of an earlier run; give "
+            "--config=configs/... or the folder of a run."
+        )
+    return [argv[0], f"--config={STORED_CONFIG}:{run}", *argv[1:]]
 
 
 def command() -> None:

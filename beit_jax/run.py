@@ -119,6 +119,8 @@ class Run:
     def initial_state(self, keeper: checkpoint.Keeper, mode: str) -> tuple[train.TrainState, str]:
         """Where a run starts: its own newest checkpoint > config.init.path > fresh weights."""
         abstract = self.abstract_state()
+        if mode == "eval":  # which needs no optimizer, and imported weights have none
+            abstract = abstract._replace(opt_state=None)
         if keeper.latest() is not None:
             state = keeper.restore(abstract)
             return state, f"resuming at update {int(state.step)}"

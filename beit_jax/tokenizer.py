@@ -75,7 +75,7 @@ def _dvae(weights: checkpoint.Weights) -> Tokenizer:
 
     decodes = "decoder" in weights.params
     return Tokenizer(
-        variables={"params": weights.params},
+        variables=weights.variables,
         vocabulary=model.vocabulary,
         factor=2 ** (model.groups - 1),
         tokens=tokens,

@@ -19,8 +19,8 @@ MASK_TOKEN = "encoder/mask_token"
 # What an encoder's weights are made for, whether or not their shapes tell.
 FIXED = (
     "data.channels", "model.patch_size", "model.width", "model.depth", "model.heads",
-    "model.mlp_ratio", "model.qkv_bias", "model.activation", "model.norm_epsilon",
-    "model.norm_pre", "model.patch_bias",
+    "model.mlp_ratio", "model.qkv_bias", "model.activation", "model.norm_pre",
+    "model.patch_bias",
 )  # fmt: skip
 
 

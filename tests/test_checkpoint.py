@@ -89,8 +89,8 @@ def test_an_unknown_best_metric_is_refused(tmp_path):
 
 def test_a_frozen_copy_is_read_back_and_checked(tmp_path):
     params = {"encoder": {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3)}}
-    digest = checkpoint.digest(params)
-    weights = checkpoint.Weights(params, {"task": "dvae"}, "somewhere", digest)
+    digest = checkpoint.digest({"params": params})
+    weights = checkpoint.Weights(params, {}, {"task": "dvae"}, "somewhere", digest)
     assert checkpoint.load_frozen(tmp_path / "tokenizer") is None
     checkpoint.save_frozen(tmp_path / "tokenizer", weights)
     back = checkpoint.load_frozen(tmp_path / "tokenizer")

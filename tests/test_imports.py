@@ -19,7 +19,7 @@ FLOORS = [
     {"augment", "losses", "masking", "metrics", "models", "resize"},
     {"architecture", "data", "optimizer", "pictures", "progress", "sharding"},
     {"checkpoint", "interop", "task"},
-    {"evaluate", "features", "tokenizer", "warm_start"},
+    {"evaluate", "features", "stored_config", "tokenizer", "warm_start"},
     {"tasks", "train"},  # neither knows the other
     {"run"},
     {"benchmark", "convert", "main", "prepare", "report"},

@@ -65,7 +65,7 @@ def test_the_chain_of_three_commands(tmp_path):
     assert list((tmp_path / "mim" / "pictures").glob("reconstruction_*.png"))
 
     # Only the run's folder is needed to evaluate, on another number of devices too.
-    again = command("--mode=eval", f"--workdir={tmp_path / 'mim'}")
+    again = command("--mode=eval", f"--workdir={tmp_path / 'mim'}", "--config.eval.batch_size=96")
     assert again.returncode == 0, again.stderr
     both = [line for line in metrics.read(tmp_path / "mim") if line["split"] == "validation"]
     assert both[0]["loss"] == pytest.approx(both[1]["loss"], rel=1e-5)

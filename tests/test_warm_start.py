@@ -37,7 +37,7 @@ def trained(config, **sizes) -> checkpoint.Weights:
     params = jax.tree.map(
         lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), shapes(config, **sizes)
     )
-    return checkpoint.Weights(params, config.to_dict(), "runs/first", "")
+    return checkpoint.Weights(params, {}, config.to_dict(), "runs/first", "")
 
 
 def start(source, target, source_sizes=(), **sizes):
