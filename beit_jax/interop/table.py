@@ -73,6 +73,11 @@ def dense(torch: str, flax: str) -> tuple[Rule, Rule]:
     return Rule(f"{torch}.weight", f"{flax}/kernel", LINEAR), Rule(f"{torch}.bias", f"{flax}/bias")
 
 
+def conv(torch: str, flax: str) -> tuple[Rule, Rule]:
+    """Rows of a convolution."""
+    return Rule(f"{torch}.weight", f"{flax}/kernel", CONV), Rule(f"{torch}.bias", f"{flax}/bias")
+
+
 def norm(torch: str, flax: str) -> tuple[Rule, Rule]:
     """Rows of a normalisation's gain and offset."""
     return Rule(f"{torch}.weight", f"{flax}/scale"), Rule(f"{torch}.bias", f"{flax}/bias")
