@@ -161,7 +161,9 @@ def _read_file(path: Path) -> _File:
     except Refused as refused:
         raise UserError(f"{path} {refused}; {refused.remedy}") from refused
     except _BROKEN as error:
-        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        reason = str(error).partition("\n")[0][:200]
+        if not isinstance(error, Damaged | SafetensorError):
+            reason = f"{type(error).__name__}: {reason}"
         raise UserError(
             f"{path} is damaged or cut short ({reason}); download or copy it again"
         ) from error

@@ -175,7 +175,8 @@ class _Machine:
 
     def _charge(self, arguments: tuple):
         sized = (str, bytes, tuple, list, dict, set)
-        self._allowance -= 1 + sum(len(x) for x in arguments if isinstance(x, sized))
+        self._allowance -= 1 + len(arguments)
+        self._allowance -= sum(len(x) for x in arguments if isinstance(x, sized))
         if self._allowance < 0:
             raise Refused("copies its own contents again and again")
 

@@ -34,6 +34,7 @@ from beit_jax.interop import pickles
 from beit_jax.interop.stand_ins import Damaged, Refused
 from beit_jax.interop.tensors import CALLS, Storage, new_storage
 
+_RESAVE = "load it with PyTorch on a little-endian machine and save it there again"
 MAGIC = 0x1950A86A20F9469CFC6C
 MOST_PICKLED = 2**26  # bytes: the names and numbers of a pickle, far more than any model has
 
@@ -69,7 +70,7 @@ def _read_zip(data: mmap.mmap) -> Loaded:
         return _stored(data, entries[top + name])
 
     if top + "byteorder" in entries and bytes(content("byteorder")[:16]) != b"little":
-        raise Refused("holds numbers in big-endian order, which this reader does not turn")
+        raise Refused("holds numbers in big-endian order", _RESAVE)
     storages: dict[tuple, Storage] = {}
 
     def storage(identity: Any) -> Any:
@@ -88,9 +89,7 @@ def _read_zip(data: mmap.mmap) -> Loaded:
 def _stored(data: mmap.mmap, entry: zipfile.ZipInfo) -> memoryview:
     """The bytes of an entry; the local header before them has a length of its own."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-        raise Refused(
-            "was compressed after PyTorch wrote it; unpack it and zip it with `zip -0 -r`"
-        )
+        raise Refused("was compressed by another program", "unpack it and pack it with zip -0 -r")
     header = data[entry.header_offset : entry.header_offset + 30]
     if header[:4] != b"PK\3\4" or len(header) < 30:
         raise Damaged("an entry of the archive is not where its directory says")
@@ -119,7 +118,7 @@ def _read_legacy(data: mmap.mmap) -> Loaded:
     if pickles.read(stream, CALLS) != 1001:
         raise Damaged("another protocol than 1001")
     if not pickles.read(stream, CALLS)["little_endian"]:
-        raise Refused("holds numbers in big-endian order, which this reader does not turn")
+        raise Refused("holds numbers in big-endian order", _RESAVE)
     roots: dict[str, Storage] = {}
     parts: list[tuple[Storage, str, int]] = []  # storages inside another one, oldest versions only
 
@@ -153,5 +152,5 @@ def _read_legacy(data: mmap.mmap) -> Loaded:
 
 def _pickle(content: memoryview) -> io.BytesIO:
     if len(content) > MOST_PICKLED:
-        raise Refused(f"holds a pickle of more than {MOST_PICKLED:,} bytes")
+        raise Refused(f"holds a pickle of more than {MOST_PICKLED:,} bytes beside its tensors")
     return io.BytesIO(content)

@@ -273,4 +273,6 @@ def _label(value: Any) -> Any:
         return value
     if isinstance(value, Record):
         return f"a {value.kind}"
+    if isinstance(value, Array):
+        return f"an array of shape {value.array.shape}"
     return str(value) if isinstance(value, Name) else f"a {type(value).__name__}"
