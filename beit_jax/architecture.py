@@ -14,7 +14,10 @@ from flax import linen as nn
 from beit_jax.models.beit import Classifier, MaskedImageModel
 from beit_jax.models.dvae import DVAE
 from beit_jax.models.layers import FINETUNE_INIT, MIM_INIT, Init
+from beit_jax.models.teachers import Tower
+from beit_jax.models.upernet import Segmenter
 from beit_jax.models.vit import ViT
+from beit_jax.models.vqkd import VQKD
 
 
 def make_encoder(config: Mapping, initial: Init = MIM_INIT) -> ViT:
@@ -62,6 +65,19 @@ def make_classifier(config: Mapping, classes: int) -> Classifier:
     )
 
 
+def make_segmenter(config: Mapping, classes: int) -> Segmenter:
+    """The encoder under UPerNet's heads over `classes` (0: none); `init` takes images."""
+    segment = config["segment"]
+    return Segmenter(
+        make_encoder(config, FINETUNE_INIT),
+        classes,
+        taps=segment["taps"],
+        pools=segment["pools"],
+        auxiliary_width=segment["auxiliary_width"],
+        dropout=segment["dropout"],
+    )
+
+
 def make_dvae(config: Mapping) -> DVAE:
     """The discrete VAE of `config.dvae`; `init` takes mapped pixels."""
     dvae = config["dvae"]
@@ -74,6 +90,48 @@ def make_dvae(config: Mapping) -> DVAE:
         channels=config["data"]["channels"],
         dtype=jnp.dtype(dvae["dtype"]),
     )
+
+
+def make_vqkd(config: Mapping) -> VQKD:
+    """The tokenizer of `config.vqkd` on the encoder of `config.model`; `init` takes mapped pixels.
+
+    The decoder is like the encoder, but for its depth.
+    """
+    vqkd = config["vqkd"]
+    encoder = make_encoder(config, FINETUNE_INIT)
+    return VQKD(
+        encoder,
+        decoder=encoder.clone(patch_size=1, depth=vqkd["decoder_depth"]),
+        codes=vqkd["codes"],
+        code_width=vqkd["code_width"],
+        teacher_width=vqkd["teacher_width"],
+    )
+
+
+def make_tower(config: Mapping, projection: int) -> Tower:
+    """A teacher: the encoder under a projection of that width (0: none); `init` takes images."""
+    return Tower(make_encoder(config, FINETUNE_INIT), projection)
+
+
+def make_network(config: Mapping, outputs: int) -> tuple[nn.Module, tuple]:
+    """The network of `config.task`, and the shapes of what its `init` takes.
+
+    Args:
+      config: a resolved config.
+      outputs: codes, classes or the width of a projection, which no config says; 0: no head.
+    """
+    images = images_of(config)
+    masked = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    makers = {
+        "mim": lambda: (make_masked_image_model(config, outputs), (images, masked)),
+        "classify": lambda: (make_classifier(config, outputs), (images,)),
+        "encoder": lambda: (make_classifier(config, 0), (images,)),
+        "teacher": lambda: (make_tower(config, outputs), (images,)),
+        "segment": lambda: (make_segmenter(config, outputs), (images,)),
+        "dvae": lambda: (make_dvae(config), (images,)),
+        "vqkd": lambda: (make_vqkd(config), (images,)),
+    }
+    return makers[config["task"]]()
 
 
 def images_of(config: Mapping, rows: int = 1) -> jax.ShapeDtypeStruct:

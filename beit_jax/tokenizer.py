@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from beit_jax import checkpoint, losses
-from beit_jax.architecture import make_dvae
+from beit_jax.architecture import make_dvae, make_vqkd
 from beit_jax.errors import UserError
+from beit_jax.models import vqkd
 from beit_jax.models.dvae import DVAE, map_pixels, unmap_pixels
 
 Variables = Any  # a network's collections: "params" and whatever else it keeps
@@ -45,7 +46,7 @@ def from_weights(weights: checkpoint.Weights, named: str) -> Tokenizer:
       weights: read by `checkpoint.load_weights` or `load_frozen`.
       named: who named them, such as "config.tokenizer.path", for the error sentence.
     """
-    makers = {"dvae": _dvae}
+    makers = {"dvae": _dvae, "vqkd": _vqkd}
     task = weights.config["task"]
     if task not in makers:
         raise UserError(
@@ -81,6 +82,22 @@ def _dvae(weights: checkpoint.Weights) -> Tokenizer:
         tokens=tokens,
         pictures=pictures if decodes else None,
         nats=nats if decodes else None,
+    )
+
+
+def _vqkd(weights: checkpoint.Weights) -> Tokenizer:
+    model = make_vqkd(weights.config)
+
+    def tokens(variables, images):
+        return model.apply(variables, vqkd.map_pixels(images), method="tokens")
+
+    return Tokenizer(
+        variables=weights.variables,
+        vocabulary=model.codes,
+        factor=model.encoder.patch_size,
+        tokens=tokens,
+        pictures=None,
+        nats=None,
     )
 
 

@@ -69,6 +69,12 @@ def get_config() -> ConfigDict:
     dvae.kl_weight = 6.6
     dvae.kl_steps = 5_000  # updates over which the weight rises from 0, cosine
 
+    config.vqkd = vqkd = ConfigDict()  # BEiT v2's tokenizer; its encoder is config.model
+    vqkd.codes = 8192
+    vqkd.code_width = 32
+    vqkd.decoder_depth = 1  # blocks, which are like the encoder's; 1 or 3 were published
+    vqkd.teacher_width = 512  # of the features that it imitates: 512 (CLIP) | 768 (DINO)
+
     config.tokenizer = tokenizer = ConfigDict()
     tokenizer.path = ""  # a dVAE's run folder
     tokenizer.interpolation = "lanczos"  # of the view that the tokenizer sees
@@ -85,6 +91,12 @@ def get_config() -> ConfigDict:
     config.classify = classify = ConfigDict()
     classify.label_smoothing = 0.1
     classify.head_scale = 0.001  # factor on the head's initial weights
+
+    config.segment = segment = ConfigDict()  # UPerNet on the encoder
+    segment.taps = (4, 6, 8, 12)  # blocks below each of its four levels, finest first
+    segment.pools = (1, 2, 3, 6)  # cells down and across that the coarsest level is averaged over
+    segment.auxiliary_width = 256  # channels of the auxiliary head; 0: no such head
+    segment.dropout = 0.1  # share of the channels that classes do not see in training
 
     config.optimizer = optimizer = ConfigDict()  # AdamW
     optimizer.learning_rate = 1.5e-3  # peak

@@ -5,9 +5,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
-from beit_jax.interop.table import Table, import_params
+from beit_jax.interop import files
+from beit_jax.interop.table import Table, export_params, import_params
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -15,6 +17,12 @@ GOLDEN = Path(__file__).parent / "golden"
 def load(name: str) -> dict[str, np.ndarray]:
     """Arrays of golden/<name>.safetensors, as PyTorch lays them out."""
     return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def checkpoint(name: str) -> dict[str, np.ndarray]:
+    """Arrays of golden/<name>.pth, PyTorch's own format."""
+    tensors = files.read(str(GOLDEN / f"{name}.pth")).tensors
+    return {key: np.asarray(tensor) for key, tensor in tensors.items()}
 
 
 def nhwc(array: np.ndarray) -> jax.Array:
@@ -44,3 +52,13 @@ def random_params(module, *inputs, scale=0.2):
 def weights(module, table: Table, tensors, *inputs):
     """Foreign weights as the module's parameters."""
     return import_params(table, tensors, shapes(module, *inputs))
+
+
+def foreign_shapes(table: Table, tree) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that parameters of these shapes have in a family, array by array."""
+    found = {}
+    for path, leaf in flatten_dict(tree, sep="/").items():
+        array = np.broadcast_to(np.int8(0), leaf.shape)
+        tensors = export_params(table, unflatten_dict({path: array}, sep="/"))
+        found |= {name: tensor.shape for name, tensor in tensors.items()}
+    return found

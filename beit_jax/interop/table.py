@@ -188,7 +188,6 @@ def export_params(table: Table, params: Mapping) -> dict[str, np.ndarray]:
     rules: dict[str, list[Rule]] = {}
     for rule in table.rules:
         rules.setdefault(rule.flax, []).append(rule)
-    buffers = {buffer.beside: buffer for buffer in table.buffers}
     tensors, leftover = {}, []
     for path, value in flatten_dict(params, sep="/").items():
         template, _ = _translate(path, [(flax, flax) for flax in rules]) or (None, None)
@@ -200,9 +199,9 @@ def export_params(table: Table, params: Mapping) -> dict[str, np.ndarray]:
             array = np.asarray(value) if n == 1 else np.split(np.asarray(value), n, axis=-1)[i]
             name = _translate(path, [(template, rule.torch)])[1]
             tensors[name] = np.ascontiguousarray(rule.transform.to_torch(array))
-        if template in buffers:
-            buffer = buffers[template]
-            tensors[_translate(path, [(template, buffer.torch)])[1]] = buffer.value()
+        for buffer in table.buffers:
+            if buffer.beside == template:
+                tensors[_translate(path, [(template, buffer.torch)])[1]] = buffer.value()
     if leftover:
         raise UserError(
             f"the {table.family} format has no name for {listed(leftover)}: "
