@@ -48,24 +48,23 @@ class MaskedImageModel(nn.Module):
         vit, size = self.encoder, self.encoder.patch_size
         grid = (images.shape[1] // size, images.shape[2] // size)
         mask = (indices[:, :, None] == jnp.arange(grid[0] * grid[1])[None, None, :]).any(axis=1)
-        states, bias = vit(images, mask, keys)
+        states, bias, _ = vit(images, mask, keys)
         read = indices if read is None else read
         norm = partial(LayerNorm, epsilon=vit.norm_epsilon, dtype=vit.dtype)
-        head = partial(_head, self.vocabulary, dtype=vit.dtype)
+        head = partial(_head, self.vocabulary, dtype=vit.dtype, kernel_init=vit.initial.weight)
 
         def logits(x, norm, head):
             # Norm and head treat every token alike, so only those that are read go through them.
             return head(norm(jnp.take_along_axis(x, read[:, :, None] + 1, axis=1)))
 
-        shared = norm(name="norm"), head(kernel_init=vit.initial.weight, name="lm_head")
+        shared = norm(name="norm"), head(name="lm_head")
         final = logits(states[-1], *shared)
         if not self.early_layers:
             return (final,)
         x = self._aggregate(states, bias, keys, grid)
         if self.shared_head:
             return final, logits(x, *shared)
-        initial = dict(kernel_init=TORCH_INIT.weight, bias_init=TORCH_INIT.bias(vit.width))
-        return final, logits(x, norm(name="cls_norm"), head(name="cls_lm_head", **initial))
+        return final, logits(x, norm(name="cls_norm"), head(name="cls_lm_head"))
 
     def _aggregate(self, states, bias, keys, grid) -> jax.Array:
         """Early patches under the final CLS, through the branch's blocks: [B, L, D]."""

@@ -32,6 +32,7 @@ class Encoded(NamedTuple):
 
     states: tuple[jax.Array, ...]  # [B, L, D] after every block, CLS first
     bias: jax.Array | None  # float32 [heads, L, L], the relative position bias that blocks share
+    embedded: jax.Array  # [B, L, D] before the first block
 
 
 class ViT(nn.Module):
@@ -86,7 +87,7 @@ class ViT(nn.Module):
         x = self._tokens(embed(images), mask)
         if self.norm_pre:
             x = LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name="norm_pre")(x)
-        bias = None
+        embedded, bias = x, None
         if "shared_relative" in self.positions.split("+"):
             bias = RelativePositionBias(grid, self.heads, name="relative_position_bias")()
         states = []
@@ -95,7 +96,7 @@ class ViT(nn.Module):
             block = make_block(self, i, grid, drop, self.initial, f"block_{i}")
             x = block(x, bias, block_keys(keys, i))
             states.append(x)
-        return Encoded(tuple(states), bias)
+        return Encoded(tuple(states), bias, embedded)
 
     def _tokens(self, patches: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Puts mask tokens in, CLS before and absolute positions on: [B, N, D] -> [B, L, D]."""
