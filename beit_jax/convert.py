@@ -1,0 +1,212 @@
+"""Exchanges weights with the PyTorch world: official, Hugging Face, timm, OpenAI and DINO files.
+
+`python -m beit_jax.convert --help` shows its commands with examples. PyTorch is not needed.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from flax.traverse_util import flatten_dict
+
+from beit_jax import checkpoint, metrics, train
+from beit_jax.errors import UserError
+from beit_jax.interop import expect, files
+from beit_jax.interop.families import recognise
+from beit_jax.interop.importing import Imported, import_archive
+
+_EXAMPLES = """examples:
+  # a tokenizer and a pre-trained encoder, as their authors publish them
+  python -m beit_jax.convert import downloads/dall_e runs/dall_e
+  python -m beit_jax.convert import beit_base_patch16_224_pt22k.pth runs/beit_base
+  python -m beit_jax.main --mode=eval --workdir=runs/beit_base \\
+      --config.tokenizer.path=runs/dall_e --config.data.source=folder:PHOTOS
+
+  # what was trained here, for transformers
+  python -m beit_jax.convert export runs/mim_base hf_folder --format=hf
+
+  python -m beit_jax.convert inspect beit_base_patch16_224_pt22k.pth
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every step of a save
+    try:
+        options = _parser().parse_args(arguments)
+        return options.run(options)
+    except UserError as error:
+        print(f"beit_jax.convert: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("beit_jax.convert: interrupted; an unfinished DST can be deleted.", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see `python -m beit_jax.convert --help`)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EXAMPLES}
+    parser = _Parser(
+        prog="python -m beit_jax.convert", description=__doc__.split("\n")[0], **layout
+    )
+    commands = parser.add_subparsers(required=True, metavar="import|export|inspect")
+
+    reading = commands.add_parser("import", help="foreign weights to a run's folder", **layout)
+    reading.add_argument("src", metavar="SRC", help="a weight file, or a folder with one")
+    reading.add_argument("dst", metavar="DST", help="the run's folder to write; must not exist")
+    reading.add_argument("--num-heads", type=int, help="attention heads, where nothing tells")
+    reading.add_argument(
+        "--early-layers", type=int, help="blocks below BEiT v2's CLS branch, where nothing tells"
+    )
+    reading.add_argument(
+        "--allow-partial", action="store_true", help="initialise what the file lacks"
+    )
+    reading.add_argument(
+        "--expect", metavar="FILE", help="safetensors of inputs and outputs to compare with"
+    )
+    reading.add_argument("--atol", type=float, default=1e-4, help="largest difference from them")
+    reading.set_defaults(run=import_)
+
+    looking = commands.add_parser("inspect", help="what a file or a run's folder holds", **layout)
+    looking.add_argument("src", metavar="SRC", help="a weight file, or a folder")
+    looking.set_defaults(run=inspect)
+    return parser
+
+
+def import_(options: argparse.Namespace) -> int:
+    """Writes foreign weights as a run's folder; 1 if they do not give the expected numbers."""
+    folder = Path(options.dst).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: choose another DST, or delete it first")
+    expected = _read_expected(options.expect) if options.expect else None
+    imported = import_archive(
+        files.read(options.src),
+        _every_key(),
+        num_heads=options.num_heads,
+        early_layers=options.early_layers,
+        allow_partial=options.allow_partial,
+    )
+    _print(imported.report)
+    # Compared first, so that no folder is left of weights that turned out wrong.
+    if expected is not None and not _compare(imported, expected, options.atol):
+        print(f"the numbers do not agree within --atol={options.atol}; {folder} was not written")
+        return 1
+    _write_run(folder, imported)
+    print(f"wrote {folder}")
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Prints what a weight file or a run's folder holds."""
+    folder = Path(options.src).expanduser()
+    if (folder / "checkpoints").is_dir():
+        _inspect_run(folder)
+        return 0
+    archive = files.read(options.src)
+    lines = [("read", f"{archive.kind}: {', '.join(archive.paths)}")]
+    try:
+        family, description = recognise(archive)
+        lines.append(("recognised", f"{description.label} ({family.name})"))
+        lines += [(key, str(value)) for key, value in description.config.items()]
+        lines += [("assumed", note) for note in description.notes]
+    except UserError as error:  # the tensors are worth seeing all the more
+        lines.append(("not recognised", str(error)))
+    lines += [(f"with it: {name}", _short(value)) for name, value in archive.extras.items()]
+    _print(lines)
+    _print_tensors(archive.tensors)
+    return 0
+
+
+def _inspect_run(folder: Path) -> None:
+    weights = checkpoint.load_weights(str(folder), "SRC")
+    model = weights.config["dvae" if weights.config["task"] == "dvae" else "model"]
+    lines = [
+        ("read", f"run of task {weights.config['task']}: {weights.source}"),
+        ("step", Path(weights.source).name),
+        ("sha256", weights.digest),
+        *((key, str(value)) for key, value in model.items()),
+    ]
+    if (folder / "metrics.jsonl").is_file():
+        scores = [line for line in metrics.read(folder) if line["split"] not in ("timing", "train")]
+        lines += [(f"{name}", str(value)) for name, value in (scores[-1] if scores else {}).items()]
+    _print(lines)
+    _print_tensors(flatten_dict(weights.variables, sep="/"))
+
+
+def _every_key():
+    """Every config key with its default."""
+    try:
+        from configs import common
+    except ImportError as error:
+        raise UserError(
+            "configs/common.py is not to be seen from here: run this in the root of the beit_jax "
+            "repository"
+        ) from error
+    return common.get_config()
+
+
+def _read_expected(path: str) -> dict[str, np.ndarray]:
+    return {name: np.asarray(tensor) for name, tensor in files.read(path).tensors.items()}
+
+
+def _compare(imported: Imported, expected: dict[str, np.ndarray], atol: float) -> bool:
+    """Prints every comparison; whether all agree."""
+    comparisons, others = expect.compare(
+        imported.config, imported.outputs, imported.variables, expected
+    )
+    for found in comparisons:
+        text = f"largest difference {found.difference:.3g}"
+        if found.equal is not None:
+            text = f"{found.equal:.2%} of the tokens equal"
+        verdict = "agrees" if found.agrees(atol) else "DIFFERS"
+        print(f"{verdict:<12} {found.name}: {text}")
+    if others:
+        print(f"{'not compared':<12} {', '.join(others)}")
+    return all(found.agrees(atol) for found in comparisons)
+
+
+def _write_run(folder: Path, imported: Imported) -> None:
+    """The run's folder: one checkpoint of no updates, and its config, written last."""
+    collections = dict(imported.variables)
+    state = train.TrainState(0, collections.pop("params"), None, collections, (), 0, 0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another") from error
+    keeper = checkpoint.Keeper(folder, keep=1, best="loss", maximize=False)
+    keeper.save(state, None)
+    keeper.close()
+    metrics.write_atomically(folder / "import.txt", "\n".join(_lines(imported.report)) + "\n")
+    text = json.dumps(imported.config.to_dict(), indent=2) + "\n"
+    metrics.write_atomically(folder / "config.json", text)
+
+
+def _print(report: list[tuple[str, str]]) -> None:
+    print("\n".join(_lines(report)))
+
+
+def _lines(report: list[tuple[str, str]]) -> list[str]:
+    return [f"{what:<12} {text}" for what, text in report]
+
+
+def _print_tensors(tensors) -> None:
+    width = max(map(len, tensors))
+    for name, tensor in tensors.items():
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        print(f"  {name:<{width}}  {str(tensor.dtype):<9} {shape:<18} {tensor.nbytes:>12,} bytes")
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+if __name__ == "__main__":
+    sys.exit(main())
