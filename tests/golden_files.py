@@ -20,8 +20,9 @@ def load(name: str) -> dict[str, np.ndarray]:
 
 
 def checkpoint(name: str) -> dict[str, np.ndarray]:
-    """Arrays of golden/<name>.pth, PyTorch's own format."""
-    tensors = files.read(str(GOLDEN / f"{name}.pth")).tensors
+    """Arrays of the weights golden/<name>, PyTorch's own format or safetensors."""
+    paths = (GOLDEN / f"{name}{ending}" for ending in (".pth", ".safetensors"))
+    tensors = files.read(str(next(path for path in paths if path.exists()))).tensors
     return {key: np.asarray(tensor) for key, tensor in tensors.items()}
 
 

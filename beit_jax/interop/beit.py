@@ -20,35 +20,22 @@ from beit_jax.interop.family import (
     square_grid,
     stated_size,
 )
-from beit_jax.interop.table import CONV, LINEAR, Buffer, Rule, Table, dense, norm
+from beit_jax.interop.table import Buffer, Table, dense, norm, prefixed
+from beit_jax.interop.vit import BLOCK, VIT
 from beit_jax.models.layers import relative_position_index, relative_position_rows
 
-
-def _same(torch: str, flax: str, *names: str) -> tuple[Rule, ...]:
-    return tuple(Rule(f"{torch}{name}", f"{flax}/{name}") for name in names)
-
-
-_BLOCK, _FLAX_BLOCK = "blocks.{i}", "encoder/block_{i}"
 _TABLE, _INDEX = "relative_position_bias_table", "relative_position_index"
 _SHARED_BIAS = "encoder/relative_position_bias/table"
-_BLOCK_BIAS = f"{_FLAX_BLOCK}/attn/relative_position_bias/table"
+_BLOCK_BIAS = "encoder/block_{i}/attn/relative_position_bias/table"
+_CLS_BLOCK_BIAS = "cls_block_{j}/attn/relative_position_bias/table"
 
 RULES = (
-    *_same("", "encoder", "cls_token", "mask_token", "pos_embed"),
-    Rule("patch_embed.proj.weight", "encoder/patch_embed/kernel", CONV),
-    Rule("patch_embed.proj.bias", "encoder/patch_embed/bias"),
-    Rule(f"rel_pos_bias.{_TABLE}", _SHARED_BIAS),
-    *norm(f"{_BLOCK}.norm1", f"{_FLAX_BLOCK}/norm1"),
-    *_same(f"{_BLOCK}.attn.", f"{_FLAX_BLOCK}/attn", "q_bias", "v_bias"),
-    Rule(f"{_BLOCK}.attn.{_TABLE}", _BLOCK_BIAS),
-    Rule(f"{_BLOCK}.attn.qkv.weight", f"{_FLAX_BLOCK}/attn/qkv/kernel", LINEAR),
-    *dense(f"{_BLOCK}.attn.proj", f"{_FLAX_BLOCK}/attn/proj"),
-    *norm(f"{_BLOCK}.norm2", f"{_FLAX_BLOCK}/norm2"),
-    *dense(f"{_BLOCK}.mlp.fc1", f"{_FLAX_BLOCK}/mlp/fc1"),
-    *dense(f"{_BLOCK}.mlp.fc2", f"{_FLAX_BLOCK}/mlp/fc2"),
-    *_same(f"{_BLOCK}.", _FLAX_BLOCK, "gamma_1", "gamma_2"),
+    *prefixed(VIT, flax="encoder/"),
     *norm("norm", "norm"),  # pre-training, and classifiers that read CLS
     *dense("lm_head", "lm_head"),
+    *prefixed(BLOCK, "cls_pt_layers.{j}.", "cls_block_{j}/"),  # BEiT v2's CLS branch
+    *norm("cls_pt_norm", "cls_norm"),
+    *dense("cls_pt_lm_head", "cls_lm_head"),
     *norm("fc_norm", "fc_norm"),  # classifiers that read the mean of the patches
     *dense("head", "head"),
 )
@@ -62,7 +49,8 @@ def official(grid: tuple[int, int]) -> Table:
 
     buffers = (
         Buffer(f"rel_pos_bias.{_INDEX}", _SHARED_BIAS, index),
-        Buffer(f"{_BLOCK}.attn.{_INDEX}", _BLOCK_BIAS, index),
+        Buffer(f"blocks.{{i}}.attn.{_INDEX}", _BLOCK_BIAS, index),
+        Buffer(f"cls_pt_layers.{{j}}.attn.{_INDEX}", _CLS_BLOCK_BIAS, index),
     )
     return Table("official BEiT", RULES, buffers)
 
