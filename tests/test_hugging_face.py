@@ -53,7 +53,8 @@ def read(name, family, make, *inputs):
     config = resolved(found)
     network = make(config, found.outputs)
     target = architecture.variables_of(network, architecture.images_of(config, 2), *inputs)
-    params = import_params(family.table(config), tensors, target["params"])
+    target = target if found.task == "segment" else target["params"]
+    params = import_params(family.table(config), tensors, target)
     return network, params, config, tensors
 
 
@@ -68,7 +69,22 @@ def classifier():
     return read("hf_beit_classification", family, architecture.make_classifier)
 
 
-READERS = {hugging_face.MASKED_IMAGE_MODELING: mim, hugging_face.IMAGE_CLASSIFICATION: classifier}
+def segmenter():
+    """All collections where the others have parameters."""
+    family = hugging_face.SEMANTIC_SEGMENTATION
+    return read("hf_beit_segmentation", family, architecture.make_segmenter)
+
+
+READERS = {
+    hugging_face.MASKED_IMAGE_MODELING: mim,
+    hugging_face.IMAGE_CLASSIFICATION: classifier,
+    hugging_face.SEMANTIC_SEGMENTATION: segmenter,
+}
+NAMES = {
+    "mim": "hf_beit_mim",
+    "classify": "hf_beit_classification",
+    "segment": "hf_beit_segmentation",
+}
 
 
 def test_masked_image_modelling_agrees_with_transformers():
@@ -89,6 +105,13 @@ def test_classification_agrees_with_transformers():
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-5)
 
 
+def test_segmentation_agrees_with_transformers():
+    network, variables, _, _ = segmenter()
+    golden = load("hf_beit_segmentation/tensors")
+    found = jax.jit(network.apply)(variables, nhwc(golden["image"]))
+    np.testing.assert_allclose(found.logits, golden["logits"].transpose(0, 2, 3, 1), atol=1e-5)
+
+
 @pytest.mark.parametrize("family", READERS, ids=lambda family: family.name)
 def test_round_trip_is_exact(family):
     _, params, config, tensors = READERS[family]()
@@ -100,19 +123,28 @@ def test_round_trip_is_exact(family):
 
 @pytest.mark.parametrize("family", READERS, ids=lambda family: family.name)
 def test_config_json_says_what_transformers_wrote(family):
-    name = {"mim": "hf_beit_mim", "classify": "hf_beit_classification"}
-    _, params, config, _ = READERS[family]()
-    original = about(name[config["task"]])
-    outputs = params["lm_head" if config["task"] == "mim" else "head"]["bias"].size
+    _, _, config, tensors = READERS[family]()
+    task = config["task"]
+    original = about(NAMES[task])
+    outputs = {"mim": 64, "classify": 10, "segment": 7}[task]
     written = hugging_face_config.config_json(config, outputs)
-    if config["task"] == "classify":
-        del original["vocab_size"]  # codes that a classifier does not have
     assert written.items() <= original.items()
     # What is left to transformers' defaults matters to no network of this class.
-    kept = ("use_", "num_", "hidden_", "layer_", "architectures", "vocab", "label", "id2label")
-    heads = {"use_auxiliary_head"}
-    left = {key for key in original if key.startswith(kept)} - set(written) - heads
-    assert not left
+    kept = (
+        "use_",
+        "num_",
+        "hidden_",
+        "layer_",
+        "architectures",
+        "label",
+        "id2label",
+        "aux",
+        "out_i",
+    )
+    kept += ("vocab",) if task == "mim" else ()
+    heads = () if task == "segment" else ("use_auxiliary_head", "auxiliary_", "out_indices")
+    left = {key for key in original if key.startswith(kept)} - set(written)
+    assert not {key for key in left if not key.startswith(heads)} - {"auxiliary_loss_weight"}
 
 
 def test_a_bare_model_has_its_own_names():
@@ -247,6 +279,18 @@ def test_a_processor_goes_there_and_back():
     assert one["image_mean"] == [0.25] * 3
 
 
+def test_segmentation_without_a_config_takes_the_published_taps():
+    shapes = shapes_of(load("hf_beit_segmentation/model"))
+    family = hugging_face.SEMANTIC_SEGMENTATION
+    with pytest.raises(UserError, match="4 blocks"):
+        family.describe(shapes, NONE)
+    layer = {n.split(".3.", 1)[1]: s for n, s in shapes.items() if "encoder.layer.3." in n}
+    deep = {f"beit.encoder.layer.{i}.{n}": s for i in range(12) for n, s in layer.items()}
+    found = family.describe(shapes | deep, NONE)
+    assert found.config["segment.taps"] == (2, 4, 6, 10) and "2, 4, 6, 10" in found.notes[-1]
+    assert (found.task, found.outputs) == ("segment", 7)
+
+
 # What Hugging Face's classes cannot hold.
 
 
@@ -270,6 +314,9 @@ def test_the_cls_branch_is_left_out_with_a_reason():
         ({"model__patch_bias": False}, "bias"),
         ({"data__image_size": (64, 96)}, "64x96"),
         ({"task": "dvae"}, "dvae"),
+        # All that its classes can read is the states before the last block's.
+        ({"task": "segment", "segment__taps": (1, 2, 3, 4)}, "1, 2, 3, 4 blocks"),
+        ({"task": "segment", "segment__taps": (2, 1, 2, 3)}, "2, 1, 2, 3 blocks"),
     ],
 )
 def test_what_would_compute_something_else_is_refused(changes, named):

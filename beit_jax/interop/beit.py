@@ -56,9 +56,10 @@ def official(grid: tuple[int, int]) -> Table:
 
 
 def _fits(shapes: Shapes) -> bool:
-    # Other vision transformers have a bias on the keys too.
     needed = {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"}
-    return needed <= set(shapes) and "blocks.0.attn.qkv.bias" not in shapes
+    # Other vision transformers have a bias on the keys too; a pyramid is for segmentation.
+    foreign = {"blocks.0.attn.qkv.bias", "fpn1.0.weight"}
+    return needed <= set(shapes) and not foreign & set(shapes)
 
 
 def encoder_config(shapes: Shapes, hints: Hints) -> dict:

@@ -1,7 +1,7 @@
 """All families of foreign weights, and which of them a checkpoint is of."""
 
 from beit_jax.errors import UserError
-from beit_jax.interop import beit, clip, dall_e, dino, hugging_face, vqkd
+from beit_jax.interop import beit, clip, dall_e, dino, hugging_face, segmentation, vqkd
 from beit_jax.interop.family import Description, Family, Hints, Shapes
 from beit_jax.interop.files import Archive
 from beit_jax.interop.table import listed
@@ -12,7 +12,10 @@ FAMILIES: tuple[Family, ...] = (
     *dall_e.FAMILIES,
     hugging_face.MASKED_IMAGE_MODELING,
     hugging_face.IMAGE_CLASSIFICATION,
+    hugging_face.SEMANTIC_SEGMENTATION,
     hugging_face.MODEL,
+    segmentation.SEGMENTATION,
+    segmentation.BACKBONE,
     clip.CLIP,
     clip.CLIP_TOWER,
     clip.HF_CLIP,

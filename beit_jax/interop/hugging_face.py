@@ -5,7 +5,7 @@ transformers. Sources: transformers/models/beit/modeling_beit.py and conversion_
 """
 
 from beit_jax.errors import UserError
-from beit_jax.interop import beit, hugging_face_config
+from beit_jax.interop import beit, hugging_face_config, segmentation
 from beit_jax.interop.family import Description, Family, Hints, Shapes
 from beit_jax.interop.table import (
     LINEAR,
@@ -17,6 +17,7 @@ from beit_jax.interop.table import (
     norm,
     prefixed,
     renamed,
+    within,
 )
 
 _LAYER, _FLAX_BLOCK = "encoder.layer.{i}", "encoder/block_{i}"
@@ -70,6 +71,15 @@ TABLES = {
         dropped=_DROPPED,
     ),
     "encoder": Table("Hugging Face BeitModel", ENCODER + POOLED, dropped=DROPPED),
+    "segment": segmentation.table(
+        "Hugging Face BeitForSemanticSegmentation",
+        (
+            *within("params", prefixed(ENCODER, _PREFIX)),
+            *segmentation.pyramid_rows(""),
+            *segmentation.head_rows("classifier"),
+        ),
+        (*_DROPPED, Dropped(f"{_PREFIX}layernorm.{{*}}", "segmentation reads states before it")),
+    ),
 }
 
 
@@ -82,11 +92,17 @@ def describe(task: str, head: str | None, shapes: Shapes, hints: Hints) -> Descr
             "with use_mean_pooling"
         )
     table = TABLES[task]
-    names = renamed(shapes, table.rules, beit.RULES)
+    rules = within("params", beit.RULES) if task == "segment" else beit.RULES
+    names = renamed(shapes, table.rules, rules)
     official = {new: shapes[old] for old, new in names.items()}
     config = beit.encoder_config(official, hints)
     stated, notes = hugging_face_config.read(hints, config)
     config |= stated
+    if task == "segment":
+        taps, more = hugging_face_config.read_taps(hints, config["model.depth"])
+        pools = tuple(hints.about.get("pool_scales", segmentation.POOLS))
+        config |= segmentation.head_config(shapes, "classifier", pools) | {"segment.taps": taps}
+        notes = (*notes, *more)
     outputs = shapes[f"{head}.weight"][0] if head else 0
     kind = table.family.removeprefix("Hugging Face ")
     label = f"Hugging Face BEiT {beit.size_of(config)}, {kind}"
@@ -111,4 +127,5 @@ def _family(task: str, prefix: str, head: str | None) -> Family:
 
 MASKED_IMAGE_MODELING = _family("mim", _PREFIX, "lm_head")
 IMAGE_CLASSIFICATION = _family("classify", _PREFIX, "classifier")
+SEMANTIC_SEGMENTATION = _family("segment", _PREFIX, "decode_head.classifier")
 MODEL = _family("encoder", "", None)

@@ -18,7 +18,10 @@ _CLASSES = {
     "mim": "BeitForMaskedImageModeling",
     "classify": "BeitForImageClassification",
     "encoder": "BeitModel",
+    "segment": "BeitForSemanticSegmentation",
 }
+# Where base and large were published to read the levels of segmentation.
+_OUT_INDICES = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}
 
 
 def read(hints: Hints, encoder: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -55,6 +58,25 @@ def read(hints: Hints, encoder: Mapping[str, Any]) -> tuple[dict[str, Any], tupl
         )
     pixels, more = _read_preprocessing(hints.preprocessing, (height, width))
     return config | pixels, (*notes, *more)
+
+
+def read_taps(hints: Hints, depth: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The blocks below segmentation's levels, which no tensor shows, and what was assumed."""
+    stated = hints.about.get("out_indices")
+    if stated is None and depth not in _OUT_INDICES:
+        raise UserError(
+            f"the weights do not say which of their {depth} blocks the segmentation reads: put "
+            "their config.json beside them"
+        )
+    # Its states are counted from 1, and the first is the embedded image.
+    taps = tuple(index - 1 for index in stated or _OUT_INDICES[depth])
+    if stated is not None:
+        return taps, ()
+    note = (
+        f"levels after {', '.join(map(str, taps))} blocks are assumed, as in Hugging Face's "
+        "published weights of this depth, since no config.json lies beside the weights"
+    )
+    return taps, (note,)
 
 
 def _read_preprocessing(about: Mapping, size: tuple[int, int]) -> tuple[dict, list[str]]:
@@ -128,20 +150,24 @@ def inexpressible(config: Mapping) -> dict[str, str]:
     Raises:
       UserError: for what cannot be left out, because the rest would compute something else.
     """
-    model, height_width = config["model"], tuple(config["data"]["image_size"])
+    model, task, (height, width) = config["model"], config["task"], config["data"]["image_size"]
+    taps = list(config["segment"]["taps"])
     refusals = {
         f"config.model.qkv_bias={model['qkv_bias']}": model["qkv_bias"] != "qv",
         "config.model.norm_pre": model["norm_pre"],
         "a patch embedding without a bias": not model["patch_bias"],
         # Its position tables are transposed, and its position embedding is read as a square.
-        f"images of {height_width[0]}x{height_width[1]}": height_width[0] != height_width[1],
-        f"the task {config['task']!r}": config["task"] not in _CLASSES,
+        f"images of {height}x{width}": height != width,
+        # It names the states before the last block's, in order and each once.
+        f"segmentation from the states after {', '.join(map(str, taps))} blocks": task == "segment"
+        and (taps != sorted(set(taps)) or taps[-1] >= model["depth"]),
+        f"the task {task!r}": task not in _CLASSES,
     }
     if refused := [what for what, is_so in refusals.items() if is_so]:
         raise UserError(
             f"Hugging Face's BEiT has no {' and no '.join(refused)}: export with --format=unilm"
         )
-    if config["task"] != "mim" or not model["early_layers"]:
+    if task != "mim" or not model["early_layers"]:
         return {}
     why = "BEiT v2's CLS branch is left out, as Hugging Face's BEiT has none."
     blocks = [f"cls_block_{j}" for j in range(model["head_layers"])]
@@ -159,6 +185,10 @@ def config_json(config: Mapping, outputs: int) -> dict[str, Any]:
       UserError: for what Hugging Face cannot express; see `inexpressible`.
     """
     inexpressible(config)
+    if config["task"] == "segment" and not outputs:
+        raise UserError(
+            "Hugging Face's BEiT has no segmentation without classes: export with --format=unilm"
+        )
     model, data, task = config["model"], config["data"], config["task"]
     positions = model["positions"].split("+")
     about = {
@@ -183,15 +213,31 @@ def config_json(config: Mapping, outputs: int) -> dict[str, Any]:
         "use_absolute_position_embeddings": "absolute" in positions,
         "use_relative_position_bias": "relative" in positions,
         "use_shared_relative_position_bias": "shared_relative" in positions,
-        # Before lm_head there is one norm only if this is true.
-        "use_mean_pooling": task == "mim" or model["pooling"] == "mean",
+        # Without it there is a norm after the encoder, also where the class has none or its own.
+        "use_mean_pooling": task in ("mim", "segment") or model["pooling"] == "mean",
     }
     if task == "mim":
         return about | {"vocab_size": outputs}
+    if task == "segment":
+        about |= _segment_json(config["segment"])
     labels = [f"LABEL_{number}" for number in range(outputs)]
     if labels:
         about["id2label"] = {str(number): label for number, label in enumerate(labels)}
         about["label2id"] = {label: number for number, label in enumerate(labels)}
+    return about
+
+
+def _segment_json(segment: Mapping) -> dict[str, Any]:
+    """What `config_json` says of the heads of segmentation."""
+    about = {
+        "out_indices": [tap + 1 for tap in segment["taps"]],
+        "pool_scales": list(segment["pools"]),
+        "use_auxiliary_head": segment["auxiliary_width"] > 0,
+        "auxiliary_num_convs": 1,
+        "auxiliary_concat_input": False,
+    }
+    if segment["auxiliary_width"]:
+        about["auxiliary_channels"] = segment["auxiliary_width"]
     return about
 
 
