@@ -121,6 +121,7 @@ class Weights(NamedTuple):
     config: dict  # the whole resolved config of the run that trained it
     source: str  # the checkpoint's path
     digest: str  # SHA-256 of both
+    kind: str = "weights"  # or "averaged weights"
 
     @property
     def variables(self) -> dict:
@@ -149,7 +150,8 @@ def load_weights(path: str, named: str) -> Weights:
     params, model_state = read_tree(checkpoint / item), {}
     if (checkpoint / "model_state").is_dir():
         model_state = read_tree(checkpoint / "model_state")
-    found = Weights(params, model_state, read_config(run), str(checkpoint), "")
+    kind = "averaged weights" if item == "ema_params" else "weights"
+    found = Weights(params, model_state, read_config(run), str(checkpoint), "", kind)
     return found._replace(digest=digest(found.variables))
 
 

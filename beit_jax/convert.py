@@ -6,15 +6,18 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
 
-from beit_jax import checkpoint, metrics, train
+from beit_jax import checkpoint, metrics, portable, train
 from beit_jax.errors import UserError
-from beit_jax.interop import expect, files
+from beit_jax.interop import expect, exporting, files
+from beit_jax.interop.exporting import STYLES
 from beit_jax.interop.families import recognise
 from beit_jax.interop.importing import Imported, import_archive
 
@@ -74,6 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     reading.add_argument("--atol", type=float, default=1e-4, help="largest difference from them")
     reading.set_defaults(run=import_)
 
+    writing = commands.add_parser("export", help="a run's weights to foreign files", **layout)
+    writing.add_argument("src", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    writing.add_argument(
+        "dst", metavar="DST", help="a folder (hf), or a .safetensors or .stablehlo file to write"
+    )
+    writing.add_argument("--format", required=True, choices=(*STYLES, "stablehlo"))
+    writing.set_defaults(run=export)
+
     looking = commands.add_parser("inspect", help="what a file or a run's folder holds", **layout)
     looking.add_argument("src", metavar="SRC", help="a weight file, or a folder")
     looking.set_defaults(run=inspect)
@@ -83,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 def import_(options: argparse.Namespace) -> int:
     """Writes foreign weights as a run's folder; 1 if they do not give the expected numbers."""
     folder = Path(options.dst).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists():
         raise UserError(f"{folder} is there already: choose another DST, or delete it first")
     expected = _read_expected(options.expect) if options.expect else None
     imported = import_archive(
@@ -101,6 +112,46 @@ def import_(options: argparse.Namespace) -> int:
     _write_run(folder, imported)
     print(f"wrote {folder}")
     return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Writes a run's weights as another project does."""
+    target = Path(options.dst).expanduser()
+    suffix = {"hf": "", "stablehlo": ".stablehlo"}.get(options.format, ".safetensors")
+    if suffix and target.suffix != suffix:
+        raise UserError(f"DST is {target}, but this format is one file: name it *{suffix}")
+    if target.exists():
+        raise UserError(f"{target} is there already: choose another DST, or delete it first")
+    weights = checkpoint.load_weights(options.src, "RUN")
+    lines = [("read", f"{weights.kind} of {weights.source}, task {weights.config['task']}")]
+    if options.format == "stablehlo":
+        content, signature = portable.stablehlo(weights)
+        _write(target, lambda: target.write_bytes(content))
+        lines.append(("function", signature))
+    else:
+        exported = exporting.export(weights.config, weights.variables, options.format)
+        file = target if suffix else target / "model.safetensors"
+        # transformers and timm want to know whose arrays these are.
+        _write(file, lambda: save_file(exported.tensors, file, {"format": "pt"}))
+        for name, content in exported.jsons.items():
+            _write(target / name, partial((target / name).write_text, _json(content)))
+        lines.append(("tensors", f"{len(exported.tensors)}"))
+        lines += [("left out", text) for text in exporting.said(exported.left_out)]
+    _print([*lines, ("wrote", str(target))])
+    return 0
+
+
+def _write(file: Path, write) -> None:
+    """Calls `write`, which writes `file`."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write()
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror}); choose another") from error
+
+
+def _json(content: dict) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
 def inspect(options: argparse.Namespace) -> int:
@@ -176,16 +227,12 @@ def _write_run(folder: Path, imported: Imported) -> None:
     """The run's folder: one checkpoint of no updates, and its config, written last."""
     collections = dict(imported.variables)
     state = train.TrainState(0, collections.pop("params"), None, collections, (), 0, 0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another") from error
+    _write(folder, folder.mkdir)
     keeper = checkpoint.Keeper(folder, keep=1, best="loss", maximize=False)
     keeper.save(state, None)
     keeper.close()
     metrics.write_atomically(folder / "import.txt", "\n".join(_lines(imported.report)) + "\n")
-    text = json.dumps(imported.config.to_dict(), indent=2) + "\n"
-    metrics.write_atomically(folder / "config.json", text)
+    metrics.write_atomically(folder / "config.json", _json(imported.config.to_dict()))
 
 
 def _print(report: list[tuple[str, str]]) -> None:
