@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 
 from beit_jax import checkpoint, metrics, portable, train
 from beit_jax.errors import UserError
-from beit_jax.interop import expect, exporting, files
+from beit_jax.interop import expect, exporting, files, pytorch_writer
 from beit_jax.interop.exporting import STYLES
 from beit_jax.interop.families import recognise
 from beit_jax.interop.importing import Imported, import_archive
@@ -44,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"beit_jax.convert: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("beit_jax.convert: interrupted; an unfinished DST can be deleted.", file=sys.stderr)
         return 130
@@ -80,7 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     writing = commands.add_parser("export", help="a run's weights to foreign files", **layout)
     writing.add_argument("src", metavar="RUN", help="a run's folder, or one of its checkpoints")
     writing.add_argument(
-        "dst", metavar="DST", help="a folder (hf), or a .safetensors or .stablehlo file to write"
+        "dst",
+        metavar="DST",
+        help="what to write: a folder (hf), or a file *.safetensors (unilm, timm), *.pth (likewise, "
+        "for torch.load) or *.stablehlo",
     )
     writing.add_argument("--format", required=True, choices=(*STYLES, "stablehlo"))
     writing.set_defaults(run=export)
@@ -117,9 +124,12 @@ def import_(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     """Writes a run's weights as another project does."""
     target = Path(options.dst).expanduser()
-    suffix = {"hf": "", "stablehlo": ".stablehlo"}.get(options.format, ".safetensors")
-    if suffix and target.suffix != suffix:
-        raise UserError(f"DST is {target}, but this format is one file: name it *{suffix}")
+    suffixes = {"hf": (), "stablehlo": (".stablehlo",)}.get(options.format, WEIGHT_FILES)
+    if suffixes and target.suffix not in suffixes:
+        raise UserError(
+            f"DST is {target}, but --format={options.format} writes one file: name it "
+            f"*{' or *'.join(suffixes)}"
+        )
     if target.exists():
         raise UserError(f"{target} is there already: choose another DST, or delete it first")
     weights = checkpoint.load_weights(options.src, "RUN")
@@ -130,15 +140,22 @@ def export(options: argparse.Namespace) -> int:
         lines.append(("function", signature))
     else:
         exported = exporting.export(weights.config, weights.variables, options.format)
-        file = target if suffix else target / "model.safetensors"
-        # transformers and timm want to know whose arrays these are.
-        _write(file, lambda: save_file(exported.tensors, file, {"format": "pt"}))
+        file = target if suffixes else target / "model.safetensors"
+        _write(file, partial(WEIGHT_FILES[file.suffix], file, exported.tensors))
         for name, content in exported.jsons.items():
             _write(target / name, partial((target / name).write_text, _json(content)))
         lines.append(("tensors", f"{len(exported.tensors)}"))
         lines += [("left out", text) for text in exporting.said(exported.left_out)]
     _print([*lines, ("wrote", str(target))])
     return 0
+
+
+def _write_safetensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    # transformers wants to know whose arrays these are.
+    save_file(tensors, file, {"format": "pt"})
+
+
+WEIGHT_FILES = {".safetensors": _write_safetensors, ".pth": pytorch_writer.write}
 
 
 def _write(file: Path, write) -> None:
@@ -182,6 +199,7 @@ def _inspect_run(folder: Path) -> None:
         ("read", f"run of task {weights.config['task']}: {weights.source}"),
         ("step", Path(weights.source).name),
         ("sha256", weights.digest),
+        ("images", f"{weights.config['data']['image_size']}"),
         *((key, str(value)) for key, value in model.items()),
     ]
     if (folder / "metrics.jsonl").is_file():

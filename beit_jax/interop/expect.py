@@ -80,6 +80,7 @@ def run(config: Mapping, outputs: int, variables: Mapping, inputs: Arrays) -> di
         "classify": _classifier,
         "encoder": _classifier,
         "teacher": _tower,
+        "segment": _segmenter,
         "dvae": _dvae,
         "vqkd": _vqkd,
     }
@@ -159,6 +160,12 @@ def _tower(config, outputs: int, variables, inputs: Arrays) -> dict[str, Any]:
         found["projected"] = features.projected[:, 1:]
         found["projected_cls"] = features.projected[:, 0]
     return found
+
+
+def _segmenter(config, outputs: int, variables, inputs: Arrays) -> dict[str, Any]:
+    module, _ = make_network(config, outputs)
+    found = jax.jit(module.apply)(variables, _images(config, inputs, "image"))
+    return {"logits": _nchw(found.logits)}
 
 
 def _dvae(config, outputs: int, variables, inputs: Arrays) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from beit_jax.architecture import patch_grid
 from beit_jax.errors import UserError
-from beit_jax.interop import beit, dall_e, hugging_face, hugging_face_config, vqkd
+from beit_jax.interop import beit, dall_e, hugging_face, hugging_face_config, segmentation, vqkd
 from beit_jax.interop.table import Table, export_params, listed
 
 Variables = Mapping[str, Any]
@@ -51,6 +51,7 @@ def _official(config: Mapping, variables: Variables) -> Exported:
         **dict.fromkeys(("mim", "classify", "encoder"), beit.BEIT.table),
         "vqkd": vqkd.VQKD.table,
         "dvae": dall_e.DALL_E.table,
+        "segment": segmentation.SEGMENTATION.table,
     }
     task = config["task"]
     if task not in tables:
@@ -78,7 +79,7 @@ STYLES = {"hf": _hugging_face, "unilm": _official, "timm": _timm}
 
 def outputs_of(params: Mapping) -> int:
     """Codes, classes or width of the projection of a network's head; 0: it has none."""
-    for head in ("lm_head", "head", "projection"):
+    for head in ("lm_head", "head", "projection", "decode_classes"):
         if head in params:
             return params[head]["kernel"].shape[-1]
     return 0

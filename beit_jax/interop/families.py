@@ -7,15 +7,15 @@ from beit_jax.interop.files import Archive
 from beit_jax.interop.table import listed
 
 FAMILIES: tuple[Family, ...] = (
-    beit.BEIT,
+    segmentation.SEGMENTATION,
+    segmentation.BACKBONE,
+    beit.BEIT,  # after the segmentation backbone, which holds the same encoder
     vqkd.VQKD,
     *dall_e.FAMILIES,
     hugging_face.MASKED_IMAGE_MODELING,
     hugging_face.IMAGE_CLASSIFICATION,
     hugging_face.SEMANTIC_SEGMENTATION,
     hugging_face.MODEL,
-    segmentation.SEGMENTATION,
-    segmentation.BACKBONE,
     clip.CLIP,
     clip.CLIP_TOWER,
     clip.HF_CLIP,
