@@ -65,7 +65,8 @@ def _statistics(norms: dict[str, str]) -> tuple[Rule | Buffer, ...]:
     for torch, flax in norms.items():
         rows.append(Rule(f"{torch}.running_mean", f"{flax}/mean"))
         rows.append(Rule(f"{torch}.running_var", f"{flax}/var"))
-        rows.append(Buffer(f"{torch}.num_batches_tracked", f"{flax}/mean", lambda: np.int64(0)))
+        batches = f"{torch}.num_batches_tracked"
+        rows.append(Buffer(batches, f"{flax}/mean", lambda: np.zeros((), np.int64)))
     return within("batch_stats", rows)
 
 
