@@ -7,6 +7,11 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from beit_jax.errors import UserError
+from beit_jax.interop.files import read
+
 ARCHIVES = Path(__file__).parent / "golden" / "archives"
 
 
@@ -48,10 +53,35 @@ def tensor(shape, strides, *, offset=0, count=4, kind="FloatStorage", key="0", d
     )
 
 
-def archive(value: bytes, storage: bytes = bytes(16), **entries: bytes) -> bytes:
+def pickled(program: bytes) -> bytes:
+    """A zip archive of a pickle's instructions and one storage, "0", of four zeros."""
+    return zipped({"top/data.pkl": b"\x80\x02" + program + b".", "top/data/0": bytes(16)})
+
+
+def archive(value: bytes) -> bytes:
     """A zip archive whose pickle is {"x": value}."""
-    pickle = b"\x80\x02}" + text("x") + value + b"s."
-    return zipped({"top/data.pkl": pickle, "top/data/0": storage} | entries)
+    return pickled(b"}" + text("x") + value + b"s")
+
+
+def put(tmp_path: Path, content: bytes) -> str:
+    """A file of that content."""
+    path = tmp_path / "file.bin"
+    path.write_bytes(content)
+    return str(path)
+
+
+def sentence(path: str | Path) -> str:
+    """What reading the path says is wrong."""
+    with pytest.raises(UserError) as caught:
+        read(str(path))
+    said = str(caught.value)
+    assert "\n" not in said and not said.endswith(".") and said.count(str(path)) == 1
+    return said
+
+
+def refusal(tmp_path: Path, content: bytes) -> str:
+    """What a file of that content is told."""
+    return sentence(put(tmp_path, content))
 
 
 # Mutations

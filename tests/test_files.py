@@ -7,27 +7,13 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
-from archive_kit import ARCHIVES, archive, tensor, text, zipped
+from archive_kit import ARCHIVES, archive, pickled, put, refusal, sentence, tensor, text
 from safetensors.numpy import save_file
 
 from beit_jax.errors import UserError
 from beit_jax.interop.files import read
 
 ONES = np.ones((2, 3), np.float32)
-
-
-def sentence(path) -> str:
-    with pytest.raises(UserError) as caught:
-        read(str(path))
-    said = str(caught.value)
-    assert "\n" not in said and not said.endswith(".") and said.count(str(path)) == 1
-    return said
-
-
-def put(tmp_path, content: bytes):
-    path = tmp_path / "weights.pth"
-    path.write_bytes(content)
-    return path
 
 
 # Folders
@@ -82,6 +68,8 @@ def test_a_folder_with_one_weight_file_whatever_its_name(tmp_path):
     shutil.copy(ARCHIVES / "dict.pth", tmp_path / "notes.txt")
     (tmp_path / "README.md").write_text("# Weights")
     (tmp_path / "config.json").write_text("{}")
+    assert read(str(tmp_path)).kind == "PyTorch archive (zip)"
+    save_file({"a": ONES}, tmp_path / "tensors.safetensors")
     assert read(str(tmp_path)).kind == "PyTorch archive (zip)"
     save_file({"a": ONES}, tmp_path / "another")
     said = sentence(tmp_path)
@@ -139,31 +127,29 @@ W = tensor((4,), (1,))
 )
 def test_the_first_wrapper_counts_and_the_others_are_told(present, chosen, tmp_path):
     inner = [entry(name, dictionary(entry(f"{name}_w", W))) for name in present]
-    content = b"\x80\x02" + dictionary(*inner, entry("epoch", b"K\x07")) + b"."
-    found = read(str(put(tmp_path, zipped({"a/data.pkl": content, "a/data/0": bytes(16)}))))
+    content = dictionary(*inner, entry("epoch", b"K\x07"))
+    found = read(put(tmp_path, pickled(content)))
     assert list(found.tensors) == [f"{chosen}_w"]
     others = {name: "1 tensor, not read" for name in present if name != chosen}
     assert found.extras == others | {"epoch": 7}
 
 
 def test_bare_dictionaries_and_names_of_parallel_training(tmp_path):
-    content = b"\x80\x02" + dictionary(
+    content = dictionary(
         entry("module.a", W), entry("module.module.b", W), entry("model", text("vit")), b"K\x01N"
     )
-    found = read(str(put(tmp_path, zipped({"a/data.pkl": content + b".", "a/data/0": bytes(16)}))))
+    found = read(put(tmp_path, pickled(content)))
     assert list(found.tensors) == ["a", "module.b"]
     assert found.extras == {"model": "vit", "1": None}
-    content = b"\x80\x02" + dictionary(entry("module.a", W), entry("b", W)) + b"."
-    found = read(str(put(tmp_path, zipped({"a/data.pkl": content, "a/data/0": bytes(16)}))))
+    content = dictionary(entry("module.a", W), entry("b", W))
+    found = read(put(tmp_path, pickled(content)))
     assert list(found.tensors) == ["module.a", "b"]  # a module of that name: nothing to strip
 
 
 def test_dictionaries_without_a_state_dict_say_what_they_hold(tmp_path):
-    path = put(tmp_path, archive(dictionary(entry("w", W))))
-    assert "no tensors where a state dict was looked for (found x)" in sentence(path)
-    assert "holds no dictionary of tensors but a list" in sentence(
-        put(tmp_path, zipped({"a/data.pkl": b"\x80\x02]."}))
-    )
+    nested = archive(dictionary(entry("w", W)))
+    assert "no tensors where a state dict was looked for (found x)" in refusal(tmp_path, nested)
+    assert "holds no dictionary of tensors but a list" in refusal(tmp_path, pickled(b"]"))
 
 
 # Wrong files
@@ -199,19 +185,18 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_files_are_called_what_they_are(case, tmp_path):
     content, said = WRONG[case]
-    assert said in sentence(put(tmp_path, content))
+    assert said in refusal(tmp_path, content)
 
 
 def test_a_text_cut_inside_a_letter_is_still_text(tmp_path):
-    assert "is text" in sentence(put(tmp_path, ("a" * 4095 + "ü" * 100).encode()))
+    assert "is text" in refusal(tmp_path, ("a" * 4095 + "ü" * 100).encode())
 
 
 @pytest.mark.parametrize("name", ["dict.pth", "dict_legacy.pth", "module.pkl", "dict.safetensors"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_truncated_files(name, share, tmp_path):
     whole = (ARCHIVES / name).read_bytes()
-    cut = put(tmp_path, whole[: int(share * len(whole))])
-    assert "is damaged or cut short" in sentence(cut)
+    assert "is damaged or cut short" in refusal(tmp_path, whole[: int(share * len(whole))])
 
 
 def test_paths_that_cannot_be_read(tmp_path):

@@ -73,7 +73,10 @@ def read(path: str) -> Archive:
     """
     given = Path(path).expanduser()
     folder = given if given.is_dir() else given.parent
-    files = _choose(folder) if given.is_dir() else [("", given)]
+    try:
+        files = _choose(folder) if given.is_dir() else [("", given)]
+    except OSError as error:
+        raise _unreadable(folder, error) from error
     tensors, extras, kind = {}, {}, ""
     for prefix, file in files:
         found = _read_file(file)
@@ -141,6 +144,12 @@ def _read_json(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be read ({error.strerror}); name a weight file or a folder with one"
+    )
+
+
 def _read_file(path: Path) -> _File:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -150,9 +159,7 @@ def _read_file(path: Path) -> _File:
                 raise UserError(f"{path} is empty; download it again")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); name a weight file or a folder with one"
-        ) from error
+        raise _unreadable(path, error) from error
     try:
         found = _parse(path, data)
         if sum(t.nbytes for t in found.tensors.values()) > MOST_SHARED * len(data) + 2**20:

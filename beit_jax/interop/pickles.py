@@ -31,6 +31,7 @@ from beit_jax.interop.stand_ins import (
     Refused,
     key,
     pairs,
+    would_call,
 )
 
 MOST_INSTRUCTIONS = 1_000_000  # ViT-L with its optimizer's state takes about 50,000
@@ -81,7 +82,7 @@ class _Machine:
         for name in self._names.values():
             harmless = name.name in self._calls or name.name.startswith("torch.")
             if not name.is_class and not harmless:
-                raise Refused(f"would import {name}")
+                raise Refused(f"would import {name} (nothing of it was run)")
         return self._stack.pop()
 
     # The stack
@@ -153,7 +154,7 @@ class _Machine:
 
     def _new_object_with_keywords(self, _):
         if self._stack.pop() != {}:
-            raise Refused(f"would call {self._stack[-2]} with named arguments")
+            raise would_call(self._stack[-2])
         self._new_object(None)
 
     def _object(self, _):
@@ -169,7 +170,7 @@ class _Machine:
         if type(function) is not Name or type(arguments) is not tuple:
             raise Damaged("a call of something that is no function")
         if function.name not in self._calls:
-            raise Refused(f"would call {function}")
+            raise would_call(function)
         self._charge(arguments)
         self._stack.append(self._calls[function.name](*arguments))
 

@@ -95,8 +95,6 @@ def _stored(data: mmap.mmap, entry: zipfile.ZipInfo) -> memoryview:
         raise Damaged("an entry of the archive is not where its directory says")
     lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     start = entry.header_offset + 30 + lengths
-    if start + entry.file_size > len(data):
-        raise Damaged("an entry of the archive reaches behind its end")
     return memoryview(data)[start : start + entry.file_size]
 
 
@@ -124,7 +122,6 @@ def _read_legacy(data: mmap.mmap) -> Loaded:
 
     def storage(identity: Any) -> Any:
         if identity[0] == "module":  # a class with its source code, which is not read
-            identity[1].is_class = True
             return identity[1]
         _, kind, key, _, count, view = identity
         root = roots.setdefault(key, new_storage(kind, key, count))

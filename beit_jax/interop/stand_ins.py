@@ -19,8 +19,12 @@ class Refused(Exception):
     def __init__(self, what: str, remedy: str = ""):
         super().__init__(what)
         self.remedy = remedy or (
-            "nothing of it was run: save the model's state_dict() with torch.save and name that"
+            "load it where it was made, save the model's state_dict() with torch.save and name that"
         )
+
+
+def would_call(function: object) -> Refused:
+    return Refused(f"would call {function} (nothing of it was run)")
 
 
 class Damaged(ValueError):

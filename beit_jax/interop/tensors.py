@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from beit_jax.interop import stand_ins
-from beit_jax.interop.stand_ins import Array, Damaged, Name, Record, Refused, key
+from beit_jax.interop.stand_ins import Array, Damaged, Name, Record, Refused, key, would_call
 
 _WALK = 2**25  # letters of tensor names, and 64 for each tensor or module on the way
 
@@ -125,7 +125,7 @@ class Tensor:
         # A stride along an axis of one element says nothing, and may be too large for NumPy.
         strides = [s * size if n > 1 else 0 for n, s in zip(self.shape, self.strides, strict=True)]
         view = np.lib.stride_tricks.as_strided
-        return view(flat.view(self.dtype), self.shape, strides, writeable=False)
+        return view(flat.view(self.dtype), self.shape, strides)
 
 
 def new_storage(kind: Any, name: Any, count: Any) -> Storage:
@@ -149,7 +149,7 @@ def _rebuild_typed(storage, offset, shape, strides, _grad, _hooks, dtype: Name, 
 
 def _rebuild_subclass(function: Name, kind: Name, arguments: tuple, _attributes) -> Any:
     if function.name not in _REBUILDS:
-        raise Refused(f"would call {function}")
+        raise would_call(function)
     return _REBUILDS[function.name](*arguments)
 
 
