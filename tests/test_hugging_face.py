@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_files import GOLDEN, load, nhwc
+from safetensors.numpy import save_file
 
 from beit_jax import architecture
 from beit_jax.errors import UserError
-from beit_jax.interop import hugging_face, hugging_face_config
+from beit_jax.interop import families, files, hugging_face, hugging_face_config
 from beit_jax.interop.family import Hints
 from beit_jax.interop.table import export_params, import_params, match_params
 from configs import common
@@ -194,6 +195,14 @@ def test_index_buffers_and_the_mask_token_of_older_files_are_dropped():
     match = match_params(table, tensors | older, params)
     assert not match.unexpected and not match.missing
     assert sum(map(len, match.dropped.values())) == len(older)
+
+
+def test_weights_that_are_not_whole_are_refused(tmp_path):
+    tensors = load("hf_beit_mim/model")
+    whole = {n: t for n, t in tensors.items() if ".0.intermediate.dense." not in n}
+    save_file(whole, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="looks like Hugging Face BeitForMaskedImageModeling"):
+        families.recognise(files.read(str(tmp_path)))
 
 
 def test_two_norms_before_the_head_are_refused():

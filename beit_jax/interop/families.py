@@ -73,7 +73,12 @@ def recognise(
     )
     try:
         return family, family.describe(_Lookup(shapes, family.name), hints)
-    except (ValueError, TypeError, AttributeError) as error:  # shapes and values of the file
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # names, shapes and values of the file
         raise UserError(
             f"{archive.paths[0]} looks like {family.name}, but its tensors or the config beside "
             f"them have no shapes of that family ({error}); take another checkpoint"
