@@ -8,15 +8,12 @@ from golden_files import checkpoint, foreign_shapes, load, nhwc
 from beit_jax.architecture import images_of, make_tower, variables_of
 from beit_jax.augment import normalize
 from beit_jax.interop import clip, dino
+from beit_jax.interop.families import FAMILIES
 from beit_jax.interop.family import IMAGENET, Hints
 from beit_jax.interop.table import export_params, import_params, match_params
 from configs import common
 
 NO_HINTS = Hints({}, {}, {})
-FAMILIES = (
-    clip.CLIP, clip.CLIP_TOWER, clip.HF_CLIP, clip.HF_CLIP_TOWER, dino.HF_DINO,
-    dino.DINO, dino.DINO_BACKBONE, dino.DINO_MODULE, dino.DINO_MODULE_BACKBONE,
-)  # fmt: skip
 
 
 def shapes_of(tensors):
@@ -181,11 +178,19 @@ def test_a_config_beside_the_weights_is_believed():
     assert found.model.mean == (0.1, 0.2, 0.3) and found.model.std == (0.4, 0.5, 0.6)
 
 
+def test_grids_that_are_not_square_are_stated_beside_the_weights():
+    config = small_config()
+    params = variables_of(make_tower(config, 0), images_of(config))["params"]
+    shapes = foreign_shapes(dino.HF_DINO.table(config), params)  # of 196 patches
+    for size, expected in (([112, 448], (112, 448)), ([128, 128], (224, 224))):
+        found = tower_of(dino.HF_DINO, shapes, Hints({"image_size": size}, {}, {}))[2]
+        assert found.data.image_size == expected
+
+
 def test_other_transformers_are_not_taken_for_dino():
     config = small_config()
-    shapes = foreign_shapes(
-        dino.DINO.table(config), variables_of(make_tower(config, 0), images_of(config))["params"]
-    )
+    params = variables_of(make_tower(config, 0), images_of(config))["params"]
+    shapes = foreign_shapes(dino.DINO.table(config), params)
     assert dino.DINO.fits(shapes)
     for other in ("head.weight", "blocks.0.ls1.gamma"):
         assert not dino.DINO.fits(shapes | {other: (1000, 768)})

@@ -10,6 +10,7 @@ from golden_files import checkpoint, foreign_shapes, load, nhwc
 
 from beit_jax.architecture import images_of, make_vqkd, variables_of
 from beit_jax.checkpoint import Weights
+from beit_jax.interop.families import FAMILIES
 from beit_jax.interop.family import Hints
 from beit_jax.interop.table import export_params, import_params, match_params
 from beit_jax.interop.vqkd import VQKD as FAMILY
@@ -138,9 +139,12 @@ def test_the_codebook_follows_its_codes_as_officially(golden):
 
 def test_kmeans_is_the_official_one():
     golden = load("vqkd/kmeans")
-    means, counts = jax.jit(quantizer.kmeans)(golden["samples"], golden["start"])
+    run = jax.jit(quantizer.kmeans)
+    means, counts = run(golden["samples"], golden["start"], 10)
     close(means, golden["means"])
     np.testing.assert_array_equal(counts, golden["bins"])
+    once, _ = run(golden["samples"], golden["start"], 1)
+    assert np.abs(once - means).max() > 0.1
 
 
 def test_empty_clusters_keep_their_mean():
@@ -183,7 +187,7 @@ def test_what_only_training_needs_is_dropped_with_a_reason(variables):
 
 def config_of(shapes, **hints):
     """The resolved config that the family's description of these shapes gives."""
-    assert FAMILY.fits(shapes)
+    assert [known.name for known in FAMILIES if known.fits(shapes)] == [FAMILY.name]
     description = FAMILY.describe(shapes, Hints({}, {}, {}, **hints))
     assert (description.task, description.outputs) == ("vqkd", description.config["vqkd.codes"])
     config = common.get_config()
@@ -199,7 +203,9 @@ def test_published_sizes(decoder_depth, teacher_width, parameters):
     config = common.get_config()
     config.model.positions, config.model.layer_scale = "absolute", 0.0
     config.vqkd.decoder_depth, config.vqkd.teacher_width = decoder_depth, teacher_width
-    variables = variables_of(make_vqkd(config), images_of(config))
+    model = make_vqkd(config)
+    assert model.encoder.initial is model.decoder.initial is FINETUNE_INIT
+    variables = variables_of(model, images_of(config))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
     assert variables["codebook"]["vectors"].shape == (8192, 32)
     # Their foreign shapes alone describe the same network again.

@@ -47,7 +47,7 @@ class VQKD(nn.Module):
         norm = dict(epsilon=vit.norm_epsilon, dtype=vit.dtype)
         dense = partial(nn.Dense, kernel_init=vit.initial.weight)
         # Full float32 on every backend: tokens must not hang on rounding.
-        exact = partial(dense, precision=jax.lax.Precision.HIGHEST)
+        exact = partial(dense, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)
         self.encoder_norm = LayerNorm(**norm)
         self.to_code_1 = exact(vit.width)
         self.to_code_2 = exact(self.code_width)
@@ -65,7 +65,7 @@ class VQKD(nn.Module):
     def encode(self, pixels: jax.Array) -> jax.Array:
         """Pixels [B, H, W, ch] in [-1, 1] -> codes before normalisation float32 [B, h, w, E]."""
         x = self.encoder_norm(self.encoder(pixels).states[-1][:, 1:])
-        x = nn.tanh(self.to_code_1(x.astype(jnp.float32)))
+        x = nn.tanh(self.to_code_1(x))
         (batch, height, width, _), size = pixels.shape, self.encoder.patch_size
         return self.to_code_2(x).reshape(batch, height // size, width // size, self.code_width)
 
