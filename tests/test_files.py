@@ -176,8 +176,8 @@ WRONG = {
     "gzip": (b"\x1f\x8b\x08" + bytes(50), "a gzip archive; unpack it"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file"),
     "npy": (b"\x93NUMPY\x01\x00" + bytes(50), "a single NumPy array"),
-    "noise": (bytes(range(1, 256)), "in no format of weights"),
-    "zeros": (bytes(1000), "in no format of weights"),
+    "noise": (bytes(range(1, 256)), "in no known format"),
+    "zeros": (bytes(1000), "in no known format"),
     "one byte": (b"\x80", "damaged or cut short"),
 }
 

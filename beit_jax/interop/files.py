@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from beit_jax.errors import UserError
 from beit_jax.interop import pytorch, wrong
 from beit_jax.interop.stand_ins import Damaged, Record, Refused
-from beit_jax.interop.tensors import LazyTensor, is_module, lazy, module_tensors, plain
+from beit_jax.interop.tensors import LazyTensor, is_module, label, lazy, module_tensors, plain
 
 # The dictionaries that training scripts put around a state dict, the first present one counts:
 # BEiT and DeiT, DeepSpeed, Lightning and timm, the custom dVAE of BEiT, DINO.
@@ -71,7 +71,7 @@ def read(path: str) -> Archive:
       UserError: says what the file is instead, what is wrong with it, or which files could be
         meant.
     """
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))
     folder = given if given.is_dir() else given.parent
     try:
         files = _choose(folder) if given.is_dir() else [("", given)]
@@ -187,7 +187,7 @@ def _parse(path: Path, data: mmap.mmap) -> _File:
             return _from_pickle(pytorch.read(data))
         except _BROKEN:
             pass
-    what = wrong.describe(head) or "in no format of weights that this reader knows"
+    what = wrong.describe(head) or "in no known format; name a PyTorch or safetensors file"
     raise UserError(f"{path} is {what}")
 
 
@@ -215,11 +215,11 @@ def _from_pickle(loaded: pytorch.Loaded) -> _File:
         tensors = {name: found for name, value in chosen.items() if (found := lazy(value))}
         beside |= {name: value for name, value in chosen.items() if name not in tensors}
     if not tensors:
-        names = ", ".join(str(name)[:40] for name in list(beside)[:8]) or "nothing"
+        names = ", ".join(str(label(name))[:40] for name in list(beside)[:8]) or "nothing"
         raise Refused(f"holds no tensors where a state dict was looked for (found {names})")
     if not all(isinstance(name, str) for name in tensors):
         raise Damaged("tensors without names")
-    return _File(_stripped(tensors), {str(n): plain(value) for n, value in beside.items()}, kind)
+    return _File(_stripped(tensors), plain(beside), kind)
 
 
 def _unwrap(root: Any) -> tuple[dict | Record, dict]:

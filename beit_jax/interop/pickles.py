@@ -175,7 +175,7 @@ class _Machine:
         self._stack.append(self._calls[function.name](*arguments))
 
     def _charge(self, arguments: tuple):
-        sized = (str, bytes, tuple, list, dict, set)
+        sized = (str, bytes, tuple, list, dict, set, frozenset)
         self._allowance -= 1 + len(arguments)
         self._allowance -= sum(len(x) for x in arguments if isinstance(x, sized))
         if self._allowance < 0:

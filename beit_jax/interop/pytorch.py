@@ -30,7 +30,7 @@ import zipfile
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from beit_jax.interop import pickles
+from beit_jax.interop import pickles, stand_ins
 from beit_jax.interop.stand_ins import Damaged, Refused
 from beit_jax.interop.tensors import CALLS, Storage, new_storage
 
@@ -136,7 +136,7 @@ def _read_legacy(data: mmap.mmap) -> Loaded:
     at = 0
     for key in pickles.read(stream, CALLS):
         at = at or stream.tell()
-        if int.from_bytes(data[at : at + 8], "little") != roots[key].count:
+        if int.from_bytes(data[at : at + 8], "little") != roots[stand_ins.key(key)].count:
             raise Damaged("a storage has another length than the pickle says")
         roots[key].place(memoryview(data)[at + 8 :])
         at += 8 + len(roots[key].data)

@@ -60,12 +60,16 @@ class Record:
 
 
 def key(value: Any) -> Any:
-    """`value`, if it is cheap to hash and to compare."""
-    inner = value if type(value) is tuple else (value,)  # hashing nested tuples can overflow C
-    if len(inner) > 16 or any(type(x) is tuple for x in inner):
-        raise Damaged("a key that is a large tuple")
-    if any(isinstance(x, str | bytes) and len(x) > LONGEST_KEY for x in inner):
-        raise Damaged("a key is too long")
+    """`value`, if hashing and comparing it is cheap whatever the file says.
+
+    Nested tuples overflow C's stack, and integers of 128 bits can all have the same hash.
+    """
+    if not isinstance(value, str | bytes | int | float | None | Name | Record):
+        raise Refused(f"holds a {type(value).__name__} as the key of a dictionary or in a set")
+    if isinstance(value, str | bytes) and len(value) > LONGEST_KEY:
+        raise Refused(f"holds a name of more than {LONGEST_KEY} letters")
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise Refused("holds a number of more than 64 bits as the key of a dictionary or in a set")
     return value
 
 
@@ -80,12 +84,14 @@ class Dtype:
     """A NumPy data type, whose byte order comes with BUILD."""
 
     def __init__(self, code: str, *_):
-        if type(code) is not str or code[:1] not in "biufc" or len(code) > 3:
-            raise Refused(f"holds a NumPy array of type {str(code)[:20]!r}")
+        if type(code) is not str:
+            raise Damaged("a NumPy type without a name")
+        if code[:1] not in "biufc" or len(code) > 3:
+            raise Refused(f"holds a NumPy array of type {code[:20]!r}")
         self.dtype = np.dtype(code)
 
     def build(self, state: tuple) -> None:
-        self.dtype = self.dtype.newbyteorder({"<": "<", ">": ">", "|": "|"}[state[1]])
+        self.dtype = self.dtype.newbyteorder({"<": "<", ">": ">", "|": "|"}[key(state[1])])
 
 
 class Array:

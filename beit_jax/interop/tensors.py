@@ -14,7 +14,7 @@ import numpy as np
 from beit_jax.interop import stand_ins
 from beit_jax.interop.stand_ins import Array, Damaged, Name, Record, Refused, key, would_call
 
-_WALK = 2**25  # letters of tensor names, and 64 for each tensor or module on the way
+MOST_WALKED = 10_000_000  # entries and letters of names on all paths; ViT-L has 50,000
 
 _NUMPY = {
     "Float": np.float32,
@@ -170,7 +170,7 @@ CALLS: dict[str, Callable] = {
     **_REBUILDS,
     "torch._tensor._rebuild_from_type_v2": _rebuild_subclass,
     "torch.Size": tuple,
-    "torch.device": lambda kind, *index: ":".join([kind, *map(str, index)]),
+    "torch.device": lambda kind, index=None: kind if index is None else f"{kind:s}:{index:d}",
     "torch.serialization._get_layout": _first,
     "torch.jit._pickle.restore_type_tag": _first,
     **{
@@ -199,77 +199,90 @@ def is_module(value: Any) -> bool:
 def module_tensors(module: Record) -> dict[str, LazyTensor]:
     """The tensors of a module under the names and in the order of its `state_dict()`."""
     found: dict[str, LazyTensor] = {}
-    letters = _WALK
+    work = _Budget(MOST_WALKED, "holds modules inside each other without end")
 
     def walk(record: Record, prefix: str, depth: int) -> None:
-        nonlocal letters
-        own, children = _parts(record)
-        for name, value in (own | children).items():
-            letters -= len(prefix) + len(name) + 64
-            if letters < 0 or depth > 64:
-                raise Refused("holds modules inside each other without end")
-            if name in children:
-                walk(value, f"{prefix}{name}.", depth + 1)
-            else:
+        tensors, modules = _tables(record)
+        work.spend(len(tensors) + len(modules) + (MOST_WALKED if depth > 64 else 1))
+        for name, value in tensors.items():
+            if isinstance(value, Tensor):
+                work.spend(len(prefix) + len(name))
                 found[prefix + name] = value.lazy()
+        for name, value in modules.items():
+            if is_module(value):
+                work.spend(len(prefix) + len(name))
+                walk(value, f"{prefix}{name}.", depth + 1)
 
     walk(module, "", 0)
     return found
 
 
-def _parts(module: Record) -> tuple[dict[str, Tensor], dict[str, Record]]:
-    """The tensors and the modules that a module holds itself."""
+def _tables(module: Record) -> tuple[dict, dict]:
+    """Where a module keeps its tensors, and where its modules."""
     state = module.state
     if module.kind.startswith("__torch__."):
-        tensors = modules = state
-    else:
-        passing = state.get("_non_persistent_buffers_set") or ()
-        buffers = {n: v for n, v in state["_buffers"].items() if n not in passing}
-        tensors, modules = state["_parameters"] | buffers, state["_modules"]
-    return (
-        {name: value for name, value in tensors.items() if isinstance(value, Tensor)},
-        {name: value for name, value in modules.items() if is_module(value)},
-    )
+        return state, state
+    passing = state.get("_non_persistent_buffers_set")  # a set in every version that has it
+    passing = passing if isinstance(passing, set) else set()
+    buffers = {name: value for name, value in state["_buffers"].items() if name not in passing}
+    return state["_parameters"] | buffers, state["_modules"]
 
 
-def plain(value: Any) -> Any:
-    """A value without tensors and records: what is worth telling of what lies beside them."""
-    count = _count(value)
-    if count:
-        return f"{count} tensor{'s' * (count > 1)}, not read"
-    return _plain(value, [100_000], 0)
+class _Budget:
+    """Work that a file may cause: what it shares can be met again and again on many paths."""
+
+    def __init__(self, left: int, refused: str):
+        self._left, self._refused = left, refused
+
+    def spend(self, amount: int) -> None:
+        self._left -= amount
+        if self._left < 0:
+            raise Refused(self._refused)
 
 
-def _count(root: Any) -> int:
+def plain(values: dict) -> dict[str, Any]:
+    """Values without tensors and records: what is worth telling of what lies beside them."""
+    work = _Budget(MOST_WALKED, "holds the same values under too many names")
+    told = {}
+    for name, value in values.items():
+        count = _count(value, work)
+        many = f"{count} tensor{'s' * (count > 1)}, not read"
+        told[str(label(name))] = many if count else _plain(value, work, 0)
+    return told
+
+
+def _count(root: Any, work: _Budget) -> int:
     """Tensors in containers and records, each object once."""
     seen, waiting, count = {id(root)}, [root], 0
     while waiting:
         value = waiting.pop()
         count += isinstance(value, Tensor)
         inner = value.state if isinstance(value, Record) else value
-        items = inner.values() if type(inner) is dict else inner
         if isinstance(inner, dict | list | tuple):
+            work.spend(1 + len(inner))
+            items = inner.values() if isinstance(inner, dict) else inner
             fresh = [x for x in items if id(x) not in seen]
             seen.update(map(id, fresh))
             waiting.extend(fresh)
     return count
 
 
-def _plain(value: Any, left: list[int], depth: int) -> Any:
-    left[0] -= 1
-    if left[0] < 0 or depth > 50:
-        return "..."
+def _plain(value: Any, work: _Budget, depth: int) -> Any:
     if isinstance(value, Record) and value.kind == "argparse.Namespace":
         value = value.state
+    if not isinstance(value, dict | list | tuple | set | frozenset):
+        return label(value)
+    work.spend(100 * len(value) + 1)  # what is told takes memory, what is counted does not
+    if depth > 50:
+        return "..."
     if isinstance(value, dict):
-        return {_label(k): _plain(v, left, depth + 1) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item, left, depth + 1) for item in value]
-    return _label(value)
+        return {label(k): _plain(v, work, depth + 1) for k, v in value.items()}
+    return [_plain(item, work, depth + 1) for item in value]
 
 
-def _label(value: Any) -> Any:
-    if value is None or isinstance(value, str | bytes | int | float | complex):
+def label(value: Any) -> Any:
+    """A plain value as it is, of another one what it is."""
+    if value is None or isinstance(value, str | bytes | int | float):
         return value
     if isinstance(value, Record):
         return f"a {value.kind}"

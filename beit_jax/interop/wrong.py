@@ -54,7 +54,7 @@ def _describe_text(text: str) -> str:
     if lower.startswith(("<?xml", "<error", "<!doctype")):
         code = re.search(r"<Code>\s*(\w{1,60})\s*</Code>", text)
         said = f" ({code[1]})" if code else ""
-        return f"an XML answer of a server{said}, not weights; its address serves no file any more"
+        return f"an XML answer of a server{said}, not weights; look for them at another address"
     if re.match(r"--\d{4}-\d\d-\d\d \d\d:\d\d:\d\d--  |wget: |Resolving \S+", text):
         return "the log of a download with `wget -o`, not weights; use `wget -O` (capital) instead"
     if lower.startswith(("{", "[")):
