@@ -128,7 +128,6 @@ def make_network(config: Mapping, outputs: int) -> tuple[nn.Module, tuple]:
         "encoder": lambda: (make_classifier(config, 0), (images,)),
         "teacher": lambda: (make_tower(config, outputs), (images,)),
         "segment": lambda: (make_segmenter(config, outputs), (images,)),
-        "segment": lambda: (make_segmenter(config, outputs), (images,)),
         "dvae": lambda: (make_dvae(config), (images,)),
         "vqkd": lambda: (make_vqkd(config), (images,)),
     }

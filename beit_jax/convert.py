@@ -86,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     writing.add_argument(
         "dst",
         metavar="DST",
-        help="what to write: a folder (hf), or a file *.safetensors (unilm, timm), *.pth (likewise, "
-        "for torch.load) or *.stablehlo",
+        help="what to write: a folder (hf), or a file *.safetensors or *.pth (unilm, timm; .pth "
+        "is for torch.load), or *.stablehlo",
     )
     writing.add_argument("--format", required=True, choices=(*STYLES, "stablehlo"))
     writing.set_defaults(run=export)

@@ -123,7 +123,8 @@ class Run:
             abstract = abstract._replace(opt_state=None)
         if keeper.latest() is not None:
             state = keeper.restore(abstract)
-            return state, f"resuming at update {int(state.step)}"
+            doing = "evaluating" if mode == "eval" else "resuming at"
+            return state, f"{doing} update {int(state.step)}"
         if mode == "eval":
             raise UserError(f"{self.folder} holds no finished checkpoint to evaluate.")
         taken, origin = None, "starting from fresh weights"

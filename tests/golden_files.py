@@ -20,8 +20,8 @@ def load(name: str) -> dict[str, np.ndarray]:
 
 
 def checkpoint(name: str) -> dict[str, np.ndarray]:
-    """Arrays of the weights golden/<name>, PyTorch's own format or safetensors."""
-    paths = (GOLDEN / f"{name}{ending}" for ending in (".pth", ".safetensors"))
+    """Arrays of the weights golden/<name>, in the format that their authors publish."""
+    paths = (GOLDEN / f"{name}{ending}" for ending in (".pth", ".pkl", ".safetensors"))
     tensors = files.read(str(next(path for path in paths if path.exists()))).tensors
     return {key: np.asarray(tensor) for key, tensor in tensors.items()}
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from golden_files import indices, load, nhwc, random_params, shapes, weights
+from golden_files import checkpoint, indices, load, nhwc, random_params, shapes, weights
 
 from beit_jax.errors import UserError
 from beit_jax.interop.beit import official
@@ -27,7 +27,7 @@ def mim(name):
     model = MaskedImageModel(ViT(**TINY, **plain), vocabulary=64)
     golden = load(f"{name}/tensors")
     inputs = nhwc(golden["image"]), indices(golden["mask"])
-    params = weights(model, official(GRID), load(f"{name}/checkpoint"), *inputs)
+    params = weights(model, official(GRID), checkpoint(f"{name}/checkpoint"), *inputs)
     return model, params, golden, inputs
 
 
@@ -70,7 +70,7 @@ def test_classifier_agrees_with_the_official_code(name, positions, pooling):
     model = Classifier(ViT(**TINY, positions=positions, initial=FINETUNE_INIT), 10, pooling)
     golden = load(f"{name}/tensors")
     images, labels = nhwc(golden["image"]), jnp.asarray(golden["labels"], jnp.int32)
-    params = weights(model, official(GRID), load(f"{name}/checkpoint"), images)
+    params = weights(model, official(GRID), checkpoint(f"{name}/checkpoint"), images)
 
     def loss_fn(params):
         logits = model.apply({"params": params}, images)

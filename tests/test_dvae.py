@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from golden_files import load, nhwc, random_params, shapes, weights
+from golden_files import checkpoint, load, nhwc, random_params, shapes, weights
 
 from beit_jax.errors import UserError
 from beit_jax.interop import dall_e
@@ -22,7 +22,7 @@ def test_encoder_agrees_with_the_official_code():
     golden, module = load("dall_e/tensors"), Encoder(**SIZE)
     mapped = map_pixels(nhwc(golden["image01"]))
     np.testing.assert_array_equal(mapped, nhwc(golden["mapped"]))
-    params = weights(module, Table("DALL-E", dall_e.RULES), load("dall_e/encoder"), mapped)
+    params = weights(module, Table("DALL-E", dall_e.RULES), checkpoint("dall_e/encoder"), mapped)
     logits = jax.jit(module.apply)({"params": params}, mapped)
     np.testing.assert_allclose(logits, nhwc(golden["z_logits"]), atol=2e-3)
     np.testing.assert_array_equal(logits.argmax(axis=-1), golden["tokens"])
@@ -31,7 +31,7 @@ def test_encoder_agrees_with_the_official_code():
 def test_decoder_agrees_with_the_official_code():
     golden, module = load("dall_e/tensors"), Decoder(**SIZE, decoder_input=32)
     codes = jax.nn.one_hot(golden["tokens"], 512)
-    params = weights(module, Table("DALL-E", dall_e.RULES), load("dall_e/decoder"), codes)
+    params = weights(module, Table("DALL-E", dall_e.RULES), checkpoint("dall_e/decoder"), codes)
     stats = jax.jit(module.apply)({"params": params}, codes)
     np.testing.assert_allclose(stats, nhwc(golden["decoder_stats"]), atol=5e-4)
     pixels = unmap_pixels(jax.nn.sigmoid(stats[..., :3]))

@@ -1,7 +1,7 @@
 """What the families of foreign weights say of published and of odd shapes, without any weights."""
 
 import pytest
-from golden_files import load
+from golden_files import checkpoint
 
 from beit_jax.errors import UserError
 from beit_jax.interop import dall_e
@@ -24,7 +24,7 @@ def shapes_of(tensors):
     ],
 )
 def test_official_weights_say_what_they_are(name, task, outputs, expected):
-    shapes = shapes_of(load(f"{name}/checkpoint"))
+    shapes = shapes_of(checkpoint(f"{name}/checkpoint"))
     assert BEIT.fits(shapes)
     found = BEIT.describe(shapes, NONE)
     sizes = {"model.width": 48, "model.depth": 3, "data.image_size": (64, 64)}
@@ -34,7 +34,7 @@ def test_official_weights_say_what_they_are(name, task, outputs, expected):
 
 
 def test_heads_that_no_tensor_shows_are_asked_for_and_never_guessed():
-    shapes = shapes_of(load("beit_pretrain_abs/checkpoint"))
+    shapes = shapes_of(checkpoint("beit_pretrain_abs/checkpoint"))
     with pytest.raises(UserError, match="--num-heads"):
         BEIT.describe(shapes, NONE)
     with pytest.raises(UserError, match="--num-heads of 5 does not divide"):
@@ -44,7 +44,7 @@ def test_heads_that_no_tensor_shows_are_asked_for_and_never_guessed():
 
 
 def branch(depth, blocks=2):
-    shapes = shapes_of(load("beit_pretrain/checkpoint"))
+    shapes = shapes_of(checkpoint("beit_pretrain/checkpoint"))
     block = {n.removeprefix("blocks.0."): s for n, s in shapes.items() if n.startswith("blocks.0.")}
     shapes |= {f"blocks.{i}.{n}": s for i in range(depth) for n, s in block.items()}
     return shapes | {f"cls_pt_layers.{i}.{n}": s for i in range(blocks) for n, s in block.items()}
@@ -65,7 +65,7 @@ def test_where_the_cls_branch_starts_comes_from_the_published_depth_or_a_flag():
 
 
 def test_a_grid_that_is_not_square_needs_to_be_stated():
-    shapes = shapes_of(load("beit_pretrain/checkpoint"))
+    shapes = shapes_of(checkpoint("beit_pretrain/checkpoint"))
     table = "rel_pos_bias.relative_position_bias_table"
     shapes[table] = ((2 * 3 - 1) * (2 * 5 - 1) + 3, 3)
     with pytest.raises(UserError, match="no square grid"):
@@ -75,14 +75,14 @@ def test_a_grid_that_is_not_square_needs_to_be_stated():
 
 
 def test_weights_without_any_positions_are_refused():
-    shapes = shapes_of(load("beit_pretrain/checkpoint"))
+    shapes = shapes_of(checkpoint("beit_pretrain/checkpoint"))
     del shapes["rel_pos_bias.relative_position_bias_table"]
     with pytest.raises(UserError, match="position"):
         BEIT.describe(shapes, NONE)
 
 
 def test_what_timm_says_beside_the_weights_is_believed():
-    shapes = shapes_of(load("beit_finetune/checkpoint"))
+    shapes = shapes_of(checkpoint("beit_finetune/checkpoint"))
     about = {"pretrained_cfg": {"mean": [0.1] * 3, "std": [0.2] * 3, "crop_pct": 0.9}}
     found = BEIT.describe(shapes, NONE._replace(about=about))
     assert found.config["model.mean"] == (0.1,) * 3 and found.config["data.eval_crop"] == 0.9
@@ -93,7 +93,7 @@ def both():
     return {
         f"{half}.{name}": tensor
         for half in ("encoder", "decoder")
-        for name, tensor in load(f"dall_e/{half}").items()
+        for name, tensor in checkpoint(f"dall_e/{half}").items()
     }
 
 
@@ -101,8 +101,8 @@ def both():
     ("tensors", "parts"),
     [
         (both, ("encoder", "decoder")),
-        (lambda: load("dall_e/encoder"), ("encoder",)),
-        (lambda: load("dall_e/decoder"), ("decoder",)),
+        (lambda: checkpoint("dall_e/encoder"), ("encoder",)),
+        (lambda: checkpoint("dall_e/decoder"), ("decoder",)),
     ],
 )
 def test_dall_e_together_or_alone(tensors, parts):
