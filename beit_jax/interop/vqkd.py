@@ -71,7 +71,7 @@ def _describe(shapes: Shapes, hints: Hints) -> Description:
         "vqkd.teacher_width": teacher_width,
     }
     label = (
-        f"BEiT v2 tokenizer (VQ-KD) of {codes} codes, decoder of {depth} blocks, teacher's "
+        f"BEiT v2 tokenizer (VQ-KD) of {codes} codes, decoder of depth {depth}, teacher's "
         f"features {teacher_width} wide"
     )
     return Description(label, "vqkd", codes, config)
