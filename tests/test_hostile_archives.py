@@ -94,7 +94,7 @@ def test_instructions_that_import_or_call(case, tmp_path):
 def test_records_do_nothing_with_hostile_attributes(tmp_path):
     attributes = b"".join(text(n) + b"N" for n in ("__class__", "__dict__", "__reduce__", "build"))
     record = b"csome\nClass\n)\x81}(" + attributes + b"ub"
-    hostile = b"}(" + text("x") + record + text("w") + tensor((4,), (1,)) + b"u"
+    hostile = b"}(" + text("x") + record + text("w") + W + b"u"
     found = read(put(tmp_path, pickled(hostile)))
     assert list(found.tensors) == ["w"] and found.extras == {"x": "a some.Class"}
 
@@ -159,6 +159,7 @@ def families(levels: int) -> bytes:
     return module(b"") + b"q\x000" + b"".join(twice) + b"h%c" % levels
 
 
+W = tensor((4,), (1,))
 DEEP = b")" + b"\x85" * 200_000
 MILLION = text("a" * 10**6)
 COPY = b"h\x02h\x01R" * 100_000
@@ -189,13 +190,13 @@ BOMBS = {
     "wide modules": (b"}(" + b"".join(text(str(i)) + b"N" for i in range(10_000)) + b"uq\x000"
                      + module(b"".join(text(str(i)) + module(b"", b"h\x00") for i in range(2000))),
                      "without end"),
-    "one list for all": (b"(" + b"N" * 10_000 + b"lq\x000}(" + text("w") + tensor((4,), (1,))
+    "one list for all": (b"(" + W + b"N" * 10_000 + b"lq\x000}(" + text("w") + W
                          + b"".join(text(str(i)) + b"h\x00" for i in range(10_000)) + b"u",
                          "too many names"),
     "a circle": (b"csome\nM\n)\x81q\x00}(" + text("_parameters") + b"}" + text("_buffers") + b"}"
                  + text("_modules") + b"}" + text("a") + b"h\x00sub", "without end"),
     "many paths": (families(60), "without end"),
-    "many lists": (b"}(" + text("w") + tensor((4,), (1,)) + text("x") + pairs(40) + b"u",
+    "many lists": (b"}(" + text("w") + W + text("x") + pairs(40) + b"u",
                    "too many names"),
     "a deep list": (b"}" + text("x") + b"]" * 100_000 + b"a" * 99_999 + b"s", "no tensors"),
 }  # fmt: skip
@@ -211,7 +212,7 @@ def test_bombs_are_refused_in_bounded_time(bomb, tmp_path):
 
 def test_deep_values_beside_the_tensors_are_told_in_part(tmp_path):
     deep = b"]" * 10_000 + b"a" * 9_999
-    content = b"}(" + text("w") + tensor((4,), (1,)) + text("x") + deep + b"u"
+    content = b"}(" + text("w") + W + text("x") + deep + b"u"
     found = read(put(tmp_path, pickled(content)))
     assert list(found.tensors) == ["w"] and "..." in repr(found.extras["x"])
 
