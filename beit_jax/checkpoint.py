@@ -6,6 +6,7 @@ opt_state, progress), so that a later stage can read the weights alone.
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
 from beit_jax.errors import UserError
@@ -90,6 +92,7 @@ class Keeper:
                 "another recipe cannot be trained on in place; start a new --workdir from them "
                 "with --config.init.path."
             )
+        self._check_shapes(folder / "params", abstract.params)
         restored = self._manager.restore(
             step, args=ocp.args.Composite(progress=ocp.args.JsonRestore(), **items)
         )
@@ -100,6 +103,22 @@ class Keeper:
             for name in COUNTERS
         }
         return abstract._replace(**{name: restored[name] for name in items}, **counters)
+
+    def _check_shapes(self, item: Path, params: PyTree) -> None:
+        """Refuses weights of another network than the config describes."""
+        found = flatten_dict(_shapes(item), sep="/")
+        wanted = flatten_dict(params, sep="/")
+        for name in [*wanted, *found]:
+            ours, theirs = (
+                tuple(leaf.shape) if (leaf := tree.get(name)) is not None else "missing"
+                for tree in (wanted, found)
+            )
+            if ours != theirs:
+                raise UserError(
+                    f"{name} is {theirs} in {item.parent}, but {ours} in the network that the "
+                    "config and the data (its number of classes, its tokenizer) ask for: give "
+                    "those that the weights were made with."
+                )
 
     def reached_preemption(self, step: int) -> bool:
         """Whether any host was told to stop; all hosts answer alike."""
@@ -155,6 +174,39 @@ def load_weights(path: str, named: str) -> Weights:
     return found._replace(digest=digest(found.variables))
 
 
+def save_weights(run: Path, variables: dict) -> None:
+    """Writes weights as the checkpoint of a run before its first update; `variables` is emptied.
+
+    Larger weights than half the memory can be written: they are neither copied whole nor kept in
+    a buffer until the end, as the checkpoints of a training are.
+
+    Args:
+      run: the run's folder.
+      variables: collection -> tree of NumPy arrays; "params", and whatever else there is.
+    """
+    items = {"params": variables.pop("params"), "model_state": variables}
+    items = {name: _on_device(tree) for name, tree in items.items() if _leaves(tree)}
+    # Files of their own an array, written with at most 1 GB on the way.
+    handler = partial(ocp.PyTreeCheckpointHandler, save_concurrent_gb=1, use_ocdbt=False)
+    handlers = {name: handler() for name in items} | {"progress": ocp.JsonCheckpointHandler()}
+    counters = dict.fromkeys((*COUNTERS, "batches"), 0)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+        checkpointer.save(
+            (run / "checkpoints" / "0").resolve(),
+            args=ocp.args.Composite(
+                progress=ocp.args.JsonSave(counters),
+                **{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()},
+            ),
+        )
+
+
+def _on_device(tree: dict) -> dict:
+    """Moves arrays to a device one at a time, so that none is there twice."""
+    flat = flatten_dict(tree)
+    tree.clear()
+    return unflatten_dict({path: jnp.asarray(flat.pop(path)) for path in list(flat)})
+
+
 def read_config(run: Path) -> dict:
     """The resolved config of a run, as plain dictionaries with tuples for lists."""
     try:
@@ -201,9 +253,14 @@ def digest(params: PyTree) -> str:
 def read_tree(path: Path) -> PyTree:
     """Reads one item of a checkpoint, such as its params, as NumPy arrays."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        shapes = checkpointer.metadata(path).item_metadata.tree
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _shapes(path))
         return checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=args))
+
+
+def _shapes(path: Path) -> PyTree:
+    """What one item of a checkpoint holds, without reading it: leaves have `shape`."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.metadata(path).item_metadata.tree
 
 
 def _newest(checkpoints: Path) -> Path | None:

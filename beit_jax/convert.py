@@ -15,7 +15,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from beit_jax import checkpoint, metrics, portable, train
+from beit_jax import checkpoint, metrics, portable
 from beit_jax.errors import UserError
 from beit_jax.interop import expect, exporting, files, pytorch_writer
 from beit_jax.interop.exporting import STYLES
@@ -243,12 +243,8 @@ def _compare(imported: Imported, expected: dict[str, np.ndarray], atol: float) -
 
 def _write_run(folder: Path, imported: Imported) -> None:
     """The run's folder: one checkpoint of no updates, and its config, written last."""
-    collections = dict(imported.variables)
-    state = train.TrainState(0, collections.pop("params"), None, collections, (), 0, 0)
     _write(folder, folder.mkdir)
-    keeper = checkpoint.Keeper(folder, keep=1, best="loss", maximize=False)
-    keeper.save(state, None)
-    keeper.close()
+    checkpoint.save_weights(folder, imported.variables)
     metrics.write_atomically(folder / "import.txt", "\n".join(_lines(imported.report)) + "\n")
     metrics.write_atomically(folder / "config.json", _json(imported.config.to_dict()))
 

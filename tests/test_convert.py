@@ -145,6 +145,18 @@ def test_an_imported_classifier_is_evaluated_like_any_run(imported, capsys):
         Run(config, folder, jax.devices()[:1]).execute("train")
 
 
+def test_weights_of_another_number_of_classes_are_not_evaluated(imported, capsys, tmp_path):
+    src = partial(
+        tmp_path,
+        **{"head.weight": np.zeros((7, 48), np.float32), "head.bias": np.zeros(7, np.float32)},
+    )
+    assert convert.main(["import", src, str(tmp_path / "run")]) == 0
+    config = ConfigDict(read_config(tmp_path / "run"))
+    config.data.source, config.data.eval_split, config.data.workers = "digits", "test", 0
+    with pytest.raises(UserError, match=r"head/bias is \(7,\) in .* but \(10,\)"):
+        Run(config, tmp_path / "run", jax.devices()[:1]).execute("eval")
+
+
 @pytest.mark.parametrize("tokenizer", ["dall_e", "vqkd"])
 def test_imported_tokenizers_and_encoders_are_those_of_a_run(tokenizer, imported, capsys, tmp_path):
     tokens, _, _ = imported(tokenizer, capsys)

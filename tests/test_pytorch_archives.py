@@ -4,15 +4,19 @@ golden/archives holds small files of every kind that PyTorch wrote; its README h
 """
 
 import json
+import re
 import struct
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from archive_kit import ARCHIVES, put, refusal, text, unzipped, zipped
 from golden_files import load
+from safetensors.numpy import save_file
 
+from beit_jax.interop import pytorch_writer
 from beit_jax.interop.files import read
 
 KINDS = {
@@ -75,16 +79,30 @@ def test_plain_values_beside_the_tensors_are_kept(name):
     json.dumps(extras)
 
 
-def test_tensors_are_views_of_the_file_and_cannot_be_written():
+def test_tensors_are_copies_of_what_the_file_shares():
     tensors = read(str(ARCHIVES / "dict.pth")).tensors
     whole, part = np.asarray(tensors["whole"]), np.asarray(tensors["offset"])
-    assert np.shares_memory(whole, part)
-    assert not whole.flags.writeable and not whole.flags.owndata
-    copied = np.array(tensors["whole"])
-    assert copied.flags.writeable and not np.shares_memory(whole, copied)
+    assert whole.flags.owndata and not np.shares_memory(whole, part)
     assert np.asarray(tensors["whole"], np.float64).dtype == np.float64
     with pytest.raises(ValueError, match="only in a copy"):
         np.asarray(tensors["whole"], np.float64, copy=False)
+
+
+@pytest.mark.parametrize(
+    "write", [pytorch_writer.write, lambda path, tensors: save_file(tensors, path)]
+)
+def test_reading_leaves_nothing_of_the_file_in_memory(write, tmp_path):
+    def mapped() -> int:
+        """Megabytes of files that are in this process's memory."""
+        return (
+            int(re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) >> 10
+        )
+
+    write(tmp_path / "weights", {f"w{i}": np.ones((1024, 1024), np.float32) for i in range(16)})
+    tensors, before = read(str(tmp_path / "weights")).tensors, mapped()
+    for tensor in tensors.values():
+        assert np.asarray(tensor).sum() == 1024 * 1024
+        assert mapped() - before < 16  # of 64
 
 
 def test_any_top_folder_and_order_of_entries(tmp_path):

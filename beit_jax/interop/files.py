@@ -10,6 +10,7 @@ import os
 import stat
 import struct
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,10 +182,10 @@ def _parse(path: Path, data: mmap.mmap) -> _File:
     if _is_safetensors(head):
         return _read_safetensors(path)
     if head.startswith((b"PK", b"\x80")):
-        return _from_pickle(pytorch.read(data))
+        return _released(_from_pickle(pytorch.read(data)), data)
     if data[-8:].rstrip().endswith(b"."):  # a pickle's last instruction; the oldest look like text
         try:
-            return _from_pickle(pytorch.read(data))
+            return _released(_from_pickle(pytorch.read(data)), data)
         except _BROKEN:
             pass
     what = wrong.describe(head) or "in no known format; name a PyTorch or safetensors file"
@@ -192,16 +193,36 @@ def _parse(path: Path, data: mmap.mmap) -> _File:
 
 
 def _read_safetensors(path: Path) -> _File:
-    file = safe_open(path, framework="np")  # checks that sizes and places are consistent
+    def read_one(name: str) -> np.ndarray:
+        # Opened anew, since an open file keeps in memory what was read of it.
+        with safe_open(path, framework="np") as file:
+            return file.get_tensor(name)
 
-    def tensor(name: str) -> LazyTensor:
+    def tensor(file, name: str) -> LazyTensor:
         part = file.get_slice(name)
         if part.get_dtype() not in _SAFETENSORS:
             raise Refused(f"holds {name} as {part.get_dtype()}, a type without a place here")
         dtype = _SAFETENSORS[part.get_dtype()]
-        return LazyTensor(tuple(part.get_shape()), dtype, lambda: file.get_tensor(name))
+        return LazyTensor(tuple(part.get_shape()), dtype, partial(read_one, name))
 
-    return _File(_stripped({name: tensor(name) for name in file.keys()}), {}, "safetensors")
+    with safe_open(path, framework="np") as file:  # checks that sizes and places are consistent
+        tensors = {name: tensor(file, name) for name in file.keys()}
+    return _File(_stripped(tensors), {}, "safetensors")
+
+
+def _released(file: _File, data: mmap.mmap) -> _File:
+    """The same, with tensors that are read as copies and leave nothing of the map in memory."""
+
+    def read_one(tensor: LazyTensor) -> np.ndarray:
+        array = np.array(tensor)
+        data.madvise(mmap.MADV_DONTNEED)
+        return array
+
+    tensors = {
+        name: LazyTensor(tensor.shape, tensor.dtype, partial(read_one, tensor))
+        for name, tensor in file.tensors.items()
+    }
+    return file._replace(tensors=tensors)
 
 
 def _from_pickle(loaded: pytorch.Loaded) -> _File:
