@@ -36,7 +36,7 @@ def test_there_are_commands():
 def test_commands_of_main_are_parsed(command):
     flags = shlex.split(command)[3:]
     if not any(flag.startswith("--config=") for flag in flags):  # a run's own, had it been trained
-        flags.append("--config=configs/mim_base.py")
+        flags.insert(0, "--config=configs/mim_base.py")
     done = subprocess.run(
         [sys.executable, "-c", PARSE, *flags], capture_output=True, text=True, cwd=ROOT
     )
