@@ -1,4 +1,4 @@
-"""Every recipe can be built, and its networks have the published sizes."""
+"""Every recipe can be built, and impossible settings are refused by name."""
 
 import importlib
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from beit_jax import architecture, tasks, train
+from beit_jax import tasks, train
 from beit_jax.errors import UserError
 from beit_jax.run import with_optimizer
 
@@ -68,24 +68,6 @@ def test_every_recipe_is_built_and_shaped(name, tokenizers, tmp_path):
     loss, sums = jax.eval_shape(one_update, jax.random.key(0), batch)
     assert loss.shape == ()
     assert config.eval.best in task.finalize(jax.tree.map(lambda s: np.ones(s.shape), sums))
-
-
-@pytest.mark.parametrize(
-    ("changes", "parameters"),
-    [
-        ({}, 91_965_776),
-        ({"model.positions": "absolute", "model.layer_scale": 0.0}, 92_089_856),
-    ],
-    ids=["official", "plain"],
-)
-def test_base_has_the_published_number_of_parameters(changes, parameters):
-    config = load("mim_base")
-    config.update_from_flattened_dict(changes)
-    model = architecture.make_masked_image_model(config, vocabulary=8192)
-    images = jax.ShapeDtypeStruct((1, *config.data.image_size, 3), np.float32)
-    indices = jax.ShapeDtypeStruct((1, 75), np.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), images, indices)["params"]
-    assert sum(p.size for p in jax.tree.leaves(params)) == parameters
 
 
 @pytest.mark.parametrize(
