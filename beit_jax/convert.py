@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -136,14 +137,14 @@ def export(options: argparse.Namespace) -> int:
     lines = [("read", f"{weights.kind} of {weights.source}, task {weights.config['task']}")]
     if options.format == "stablehlo":
         content, signature = portable.stablehlo(weights)
-        _write(target, lambda: target.write_bytes(content))
+        _write(target, lambda file: file.write_bytes(content))
         lines.append(("function", signature))
     else:
         exported = exporting.export(weights.config, weights.variables, options.format)
         file = target if suffixes else target / "model.safetensors"
-        _write(file, partial(WEIGHT_FILES[file.suffix], file, exported.tensors))
+        _write(file, lambda part: WEIGHT_FILES[file.suffix](part, exported.tensors))
         for name, content in exported.jsons.items():
-            _write(target / name, partial((target / name).write_text, _json(content)))
+            _write(target / name, partial(_write_json, content))
         lines.append(("tensors", f"{len(exported.tensors)}"))
         lines += [("left out", text) for text in exporting.said(exported.left_out)]
     _print([*lines, ("wrote", str(target))])
@@ -158,23 +159,28 @@ def _write_safetensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
 WEIGHT_FILES = {".safetensors": _write_safetensors, ".pth": pytorch_writer.write}
 
 
-def _write(file: Path, write) -> None:
-    """Calls `write`, which writes `file`."""
+def _write(file: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` write a file beside `file`, which takes its place when it is whole."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write()
+        part = file.with_name(f"{file.name}.part")
+        part.touch()
+        mode = part.stat().st_mode  # safetensors writes files that nobody else may read
+        write(part)
+        part.chmod(mode)
+        part.replace(file)
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror}); choose another") from error
 
 
-def _json(content: dict) -> str:
-    return json.dumps(content, indent=2) + "\n"
+def _write_json(content: dict, file: Path) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def inspect(options: argparse.Namespace) -> int:
     """Prints what a weight file or a run's folder holds."""
     folder = Path(options.src).expanduser()
-    if (folder / "checkpoints").is_dir():
+    if (folder / "checkpoints").is_dir() or folder.resolve().parent.name == "checkpoints":
         _inspect_run(folder)
         return 0
     archive = files.read(options.src)
@@ -243,10 +249,10 @@ def _compare(imported: Imported, expected: dict[str, np.ndarray], atol: float) -
 
 def _write_run(folder: Path, imported: Imported) -> None:
     """The run's folder: one checkpoint of no updates, and its config, written last."""
-    _write(folder, folder.mkdir)
+    report = "\n".join(_lines(imported.report)) + "\n"
+    _write(folder / "import.txt", lambda file: file.write_text(report))
     checkpoint.save_weights(folder, imported.variables)
-    metrics.write_atomically(folder / "import.txt", "\n".join(_lines(imported.report)) + "\n")
-    metrics.write_atomically(folder / "config.json", _json(imported.config.to_dict()))
+    _write(folder / "config.json", partial(_write_json, imported.config.to_dict()))
 
 
 def _print(report: list[tuple[str, str]]) -> None:

@@ -59,6 +59,7 @@ def imported(tmp_path_factory):
     return get
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_family_gives_the_numbers_of_its_own_code(name, imported, capsys):
     _, printed, status = imported(name, capsys)
