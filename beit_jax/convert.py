@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from beit_jax import checkpoint, metrics, portable
+from beit_jax import checkpoint, command_line, metrics, portable
 from beit_jax.errors import UserError
 from beit_jax.interop import expect, exporting, files, pytorch_writer
 from beit_jax.interop.exporting import STYLES
@@ -40,30 +39,17 @@ _EXAMPLES = """examples:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     logging.set_verbosity(logging.ERROR)  # Orbax reports every step of a save
-    try:
+
+    def command() -> int:
         options = _parser().parse_args(arguments)
         return options.run(options)
-    except UserError as error:
-        print(f"beit_jax.convert: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("beit_jax.convert: interrupted; an unfinished DST can be deleted.", file=sys.stderr)
-        return 130
+
+    return command_line.run("beit_jax.convert", command, "an unfinished DST can be deleted.")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see `python -m beit_jax.convert --help`)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EXAMPLES}
-    parser = _Parser(
-        prog="python -m beit_jax.convert", description=__doc__.split("\n")[0], **layout
-    )
+def _parser() -> command_line.Parser:
+    description = __doc__.split("\n")[0]
+    parser, layout = command_line.make_parser("beit_jax.convert", description, _EXAMPLES)
     commands = parser.add_subparsers(required=True, metavar="import|export|inspect")
 
     reading = commands.add_parser("import", help="foreign weights to a run's folder", **layout)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich import progress
 
+from beit_jax import command_line
 from beit_jax.data.decode import BadImage, read_pixels
 from beit_jax.data.digits import NAME as DIGITS
 from beit_jax.data.digits import write_digits
@@ -35,28 +36,18 @@ _EXAMPLES = """examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    try:
+
+    def command() -> int:
         options = _parser().parse_args(arguments)
         options.run(options)
-    except UserError as error:
-        print(f"beit_jax.prepare: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("beit_jax.prepare: interrupted; nothing was kept.", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return command_line.run("beit_jax.prepare", command, "nothing was kept.")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see `python -m beit_jax.prepare --help`)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EXAMPLES}
-    parser = _Parser(
-        prog="python -m beit_jax.prepare", description=__doc__.split("\n")[0], **layout
-    )
+def _parser() -> command_line.Parser:
+    description = __doc__.split("\n")[0]
+    parser, layout = command_line.make_parser("beit_jax.prepare", description, _EXAMPLES)
     commands = parser.add_subparsers(required=True, metavar="digits|folder")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(

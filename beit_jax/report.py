@@ -3,7 +3,6 @@
 python -m beit_jax.report runs/digits_dvae runs/digits_mim --output=report.html
 """
 
-import argparse
 import base64
 import html
 import json
@@ -15,7 +14,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from beit_jax import checkpoint, metrics
+from beit_jax import checkpoint, command_line, metrics
 from beit_jax.errors import UserError
 
 # What a stage is judged by: metric, name for a person, format.
@@ -207,29 +206,24 @@ def _row(cells: tuple[str, ...], tag: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m beit_jax.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser, _ = command_line.make_parser("beit_jax.report", *__doc__.split("\n", 1))
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument("--output", metavar="FILE", help="also write a page, such as report.html")
-    args = parser.parse_args(argv)
-    try:
+
+    def command() -> int:
+        args = parser.parse_args(argv)
         runs = [read_run(folder) for folder in args.runs]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    tables = make_tables(runs)
-    print_tables(tables)
-    if args.output:
-        try:
-            Path(args.output).write_text(page(runs, tables))
-        except OSError as error:
-            print(f"error: --output={args.output}: {error.strerror}", file=sys.stderr)
-            return 1
-        print(f"wrote {args.output}")
-    return 0
+        tables = make_tables(runs)
+        print_tables(tables)
+        if args.output:
+            try:
+                Path(args.output).write_text(page(runs, tables))
+            except OSError as error:
+                raise UserError(f"--output={args.output}: {error.strerror}") from error
+            print(f"wrote {args.output}")
+        return 0
+
+    return command_line.run("beit_jax.report", command, "nothing was written.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""What the commands beside `main` share: flags, and answers to mistakes and interrupts."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from beit_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one sentence, a `UserError`."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def make_parser(module: str, description: str, examples: str) -> tuple[Parser, dict]:
+    """The parser of `python -m <module>`, and what its sub-commands' `add_parser` takes too."""
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": examples}
+    return Parser(prog=f"python -m {module}", description=description, **layout), layout
+
+
+def run(module: str, command: Callable[[], int], interrupted: str) -> int:
+    """Runs a command and returns its exit status; `interrupted` says what Ctrl-C leaves behind."""
+    try:
+        return command()
+    except UserError as error:
+        print(f"{module}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"{module}: interrupted; {interrupted}", file=sys.stderr)
+        return 130
