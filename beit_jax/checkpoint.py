@@ -1,4 +1,4 @@
-"""Orbax checkpoints: saving and resuming a run, reading another run's weights, frozen networks.
+"""Orbax checkpoints: saving and resuming a run, reading another run's weights.
 
 A checkpoint is a folder `checkpoints/<step>/` of separate items (params, ema_params, model_state,
 opt_state, progress), so that a later stage can read the weights alone.
@@ -210,34 +210,9 @@ def _on_device(tree: dict) -> dict:
 def read_config(run: Path) -> dict:
     """The resolved config of a run, as plain dictionaries with tuples for lists."""
     try:
-        return json.loads((run / "config.json").read_text(), object_hook=_tuples)
+        return json.loads((run / "config.json").read_text(), object_hook=tuples)
     except json.JSONDecodeError as error:
         raise UserError(f"{run}/config.json is damaged ({error}); restore or delete it.") from error
-
-
-def save_frozen(folder: Path, weights: Weights) -> None:
-    """Keeps a copy of a frozen network, so that the run needs nothing outside its folder."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((folder / "variables").resolve(), weights.variables, force=True)
-    if jax.process_index() == 0:  # written last: its presence says that the copy is whole
-        (folder / "source.json").write_text(
-            json.dumps(
-                {"source": weights.source, "sha256": weights.digest, "config": weights.config},
-                indent=2,
-            )
-        )
-
-
-def load_frozen(folder: Path) -> Weights | None:
-    """Reads a frozen network back, or None if the run holds none."""
-    if not (folder / "source.json").is_file():
-        return None
-    about = json.loads((folder / "source.json").read_text(), object_hook=_tuples)
-    variables = read_tree(folder.resolve() / "variables")
-    if digest(variables) != about["sha256"]:
-        raise UserError(f"{folder} is damaged: its weights do not match the hash in source.json.")
-    params = variables.pop("params")
-    return Weights(params, variables, about["config"], about["source"], about["sha256"])
 
 
 def digest(params: PyTree) -> str:
@@ -272,5 +247,6 @@ def _leaves(tree: PyTree) -> bool:
     return bool(jax.tree.leaves(tree))
 
 
-def _tuples(node: dict) -> dict:
+def tuples(node: dict) -> dict:
+    """Lists of a JSON object as tuples, which a config holds; a hook of `json.loads`."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in node.items()}

@@ -55,7 +55,7 @@ class Task(NamedTuple):
       schedules: name -> function of the step, logged beside the metrics.
       evaluators: name -> `(Weights, batches) -> ({name: number}, pictures)`, where `batches(split)`
         gives the finite, padded batches of a split, already on the devices.
-      predict: `(params, frozen, batch) -> pytree of arrays`, what the task is for.
+      predict: `(Weights, batch) -> pytree of arrays`, what the task is for.
     """
 
     views: Mapping[str, View]

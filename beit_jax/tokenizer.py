@@ -43,7 +43,7 @@ def from_weights(weights: checkpoint.Weights, named: str) -> Tokenizer:
     """The tokenizer of a run's folder.
 
     Args:
-      weights: read by `checkpoint.load_weights` or `load_frozen`.
+      weights: read by `checkpoint.load_weights` or `frozen.load`.
       named: who named them, such as "config.tokenizer.path", for the error sentence.
     """
     makers = {"dvae": _dvae, "vqkd": _vqkd}

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from beit_jax import checkpoint, sharding, train
+from beit_jax import checkpoint, frozen, sharding, train
 from beit_jax.errors import UserError
 
 pytestmark = pytest.mark.smoke
@@ -91,12 +91,12 @@ def test_a_frozen_copy_is_read_back_and_checked(tmp_path):
     params = {"encoder": {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3)}}
     digest = checkpoint.digest({"params": params})
     weights = checkpoint.Weights(params, {}, {"task": "dvae"}, "somewhere", digest)
-    assert checkpoint.load_frozen(tmp_path / "tokenizer") is None
-    checkpoint.save_frozen(tmp_path / "tokenizer", weights)
-    back = checkpoint.load_frozen(tmp_path / "tokenizer")
+    assert frozen.load(tmp_path / "tokenizer") is None
+    frozen.save(tmp_path / "tokenizer", weights)
+    back = frozen.load(tmp_path / "tokenizer")
     np.testing.assert_array_equal(back.params["encoder"]["kernel"], params["encoder"]["kernel"])
     assert back.digest == digest and back.config == {"task": "dvae"}
     about = tmp_path / "tokenizer" / "source.json"
     about.write_text(about.read_text().replace(digest, "0" * 64))
     with pytest.raises(UserError, match="damaged"):
-        checkpoint.load_frozen(tmp_path / "tokenizer")
+        frozen.load(tmp_path / "tokenizer")

@@ -19,7 +19,7 @@ FLOORS = [
     {"augment", "command_line", "losses", "masking", "metrics", "models", "resize"},
     {"architecture", "data", "optimizer", "pictures", "progress", "sharding"},
     {"checkpoint", "interop", "task"},
-    {"evaluate", "features", "stored_config", "tokenizer", "warm_start"},
+    {"evaluate", "features", "frozen", "stored_config", "teacher", "tokenizer", "warm_start"},
     {"tasks", "train"},  # neither knows the other
     {"portable", "run"},
     {"benchmark", "convert", "main", "prepare", "report"},

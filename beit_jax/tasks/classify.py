@@ -10,7 +10,7 @@ from beit_jax.architecture import images_of, make_classifier
 from beit_jax.augment import color_jitter, normalize, to_unit
 from beit_jax.data.pipeline import View
 from beit_jax.errors import UserError
-from beit_jax.task import Purpose, Task, example_weights, keys_for, mean_of_sums
+from beit_jax.task import Purpose, Task, Weights, example_weights, keys_for, mean_of_sums
 
 
 def build(config, class_names: tuple[str, ...], run: Path) -> Task:
@@ -54,9 +54,9 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
     def eval_fn(params, model_state, frozen, batch, keys):
         return sums(logits_of(params, batch["image"]), batch, 0.0)
 
-    def predict(params, frozen, batch):
+    def predict(weights: Weights, batch):
         """Class probabilities float32 [B, C]."""
-        return jax.nn.softmax(logits_of(params, batch["image"]))
+        return jax.nn.softmax(logits_of(weights.params, batch["image"]))
 
     return Task(
         views={"image": View(tuple(config.data.image_size), config.data.interpolation)},

@@ -22,7 +22,7 @@ from beit_jax.data.pipeline import View
 from beit_jax.errors import UserError
 from beit_jax.models.dvae import DVAE, map_pixels, unmap_pixels
 from beit_jax.pictures import picture_rows
-from beit_jax.task import Purpose, Task, example_weights, keys_for, mean_of_sums
+from beit_jax.task import Purpose, Task, Weights, example_weights, keys_for, mean_of_sums
 from beit_jax.tokenizer import decode_tokens
 
 
@@ -59,11 +59,12 @@ class Training(NamedTuple):
         beta = self.config.dvae.kl_weight
         return self.sums(params, pixels, logits, codes, beta, example_weights(batch))
 
-    def predict(self, params, frozen, batch):
+    def predict(self, weights: Weights, batch):
         """Hard tokens int32 [B, h, w] and their pictures [B, H, W, channels] in [0, 1]."""
         pixels = map_pixels(to_unit(batch["image"]))
-        tokens = self.model.apply({"params": params}, pixels, method="encode").argmax(-1)
-        return tokens, decode_tokens(self.model, params, tokens)
+        logits = self.model.apply({"params": weights.params}, pixels, method="encode")
+        tokens = logits.argmax(-1)
+        return tokens, decode_tokens(self.model, weights.params, tokens)
 
     def sums(self, params, pixels, logits, codes, beta, weight):
         """Sums over images of the bound's parts; `codes` [B, h, w, K] are what is decoded."""
@@ -137,7 +138,7 @@ def cosine_ramp(start: float, end: float, steps: int):
 
 def _picture_evaluator(predict, split: str):
     """Originals above their reconstructions from hard tokens."""
-    draw = jax.jit(lambda weights, batch: predict(weights.params, weights.frozen, batch)[1])
+    draw = jax.jit(lambda weights, batch: predict(weights, batch)[1])
 
     def evaluator(weights, batches):
         batch = next(batches(split))

@@ -17,9 +17,18 @@ from beit_jax.architecture import images_of, make_masked_image_model
 from beit_jax.augment import color_jitter, normalize, to_unit
 from beit_jax.data.pipeline import View
 from beit_jax.errors import UserError
+from beit_jax.frozen import frozen_network
 from beit_jax.models.beit import MaskedImageModel
 from beit_jax.pictures import picture_rows
-from beit_jax.task import Purpose, Task, example_weights, keys_for, mean_of_sums, row_keys
+from beit_jax.task import (
+    Purpose,
+    Task,
+    Weights,
+    example_weights,
+    keys_for,
+    mean_of_sums,
+    row_keys,
+)
 from beit_jax.tokenizer import Tokenizer, from_weights
 
 
@@ -81,10 +90,11 @@ class Pretraining(NamedTuple):
             "evidence_bound": (-((nats + token_nats) * weight).sum(), count),
         }
 
-    def predict(self, params, frozen, batch, keys):
+    def predict(self, weights: Weights, batch):
         """Masked images, and the tokenizer's pictures of true tokens and of predicted ones."""
+        params, _, frozen = weights
         images = to_unit(batch["image"])
-        indices = self.masked_indices(keys)
+        indices = self.masked_indices(row_keys(self.config.seed, 0, batch["index"]))
         tokens = self.tokens(frozen, to_unit(batch["token_image"]))
         rows = jnp.arange(len(tokens))[:, None]
         filled = tokens.at[rows, indices].set(self.logits(params, images, indices)[0].argmax(-1))
@@ -186,45 +196,26 @@ def finalize(sums) -> dict[str, jax.Array]:
 
 
 def _tokenizer(config, run: Path) -> Tokenizer:
-    """The frozen tokenizer, from the run's own copy if there is one."""
-    folder, path = run / "frozen" / "tokenizer", config.tokenizer.path
-    weights = checkpoint.load_frozen(folder)
-    if weights is None:
-        if not path:
+    def make(weights: checkpoint.Weights, named: str) -> Tokenizer:
+        channels = weights.config["data"]["channels"]
+        if channels != config.data.channels:
             raise UserError(
-                "config.tokenizer.path is empty: pre-training needs a tokenizer; train one with "
-                "`python -m beit_jax.main --config=configs/dvae.py` and give its run folder, "
-                "--config.tokenizer.path=runs/dvae."
+                f"The tokenizer at {weights.source} was trained on {channels} channels, but "
+                f"config.data.channels={config.data.channels}; train a tokenizer for these "
+                "channels."
             )
-        weights = checkpoint.load_weights(path, "config.tokenizer.path")
-        _check_tokenizer(config, weights)
-        from_weights(weights, "config.tokenizer.path")  # refuses what is none before it is kept
-        checkpoint.save_frozen(folder, weights)
-    elif path and Path(path).exists() and Path(path).resolve() not in Path(weights.source).parents:
-        raise UserError(
-            f"{run} holds the tokenizer of {weights.source}, but config.tokenizer.path={path} "
-            "names another; give a new --workdir, or the old path."
-        )
-    _check_tokenizer(config, weights)
-    return from_weights(weights, "config.tokenizer.path")
+        return from_weights(weights, named)
 
-
-def _check_tokenizer(config, weights: checkpoint.Weights) -> None:
-    channels = weights.config["data"]["channels"]
-    if channels != config.data.channels:
-        raise UserError(
-            f"The tokenizer at {weights.source} was trained on {channels} channels, but "
-            f"config.data.channels={config.data.channels}; train a tokenizer for these channels."
-        )
+    advice = (
+        "pre-training needs a tokenizer; train one with `python -m beit_jax.main "
+        "--config=configs/dvae.py` and give its run folder, --config.tokenizer.path=runs/dvae."
+    )
+    return frozen_network(run, "tokenizer", config.tokenizer.path, make, advice)
 
 
 def _picture_evaluator(predict, config):
     """Rows: original, masked, decoded true tokens, decoded tokens with the predicted ones."""
-    draw = jax.jit(
-        lambda weights, batch: predict(
-            weights.params, weights.frozen, batch, row_keys(config.seed, 0, batch["index"])
-        )
-    )
+    draw = jax.jit(predict)
 
     def evaluator(weights, batches):
         batch = next(batches(config.data.eval_split))

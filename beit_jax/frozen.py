@@ -1,0 +1,74 @@
+"""Networks that a run reads and never trains: its own copies of them.
+
+A copy is the folder `frozen/<kind>/` of a run, with weights, hash, source and the config of the run
+that made them, so that a run resumes and evaluates by itself.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from beit_jax import checkpoint
+from beit_jax.checkpoint import Weights
+from beit_jax.errors import UserError
+
+
+def frozen_network(
+    run: Path, kind: str, path: str, make: Callable[[Weights, str], Any], advice: str
+):
+    """What `make` makes of a frozen network, from the run's own copy if there is one.
+
+    Args:
+      run: the run's folder, which holds or receives the copy.
+      kind: "tokenizer" or "teacher"; the path is `config.<kind>.path`.
+      path: another run's folder; "" where the copy is enough.
+      make: `(weights, the key that named them) -> network`; refuses what cannot serve.
+      advice: the rest of the sentence where neither a copy nor a path is there.
+
+    Raises:
+      UserError: for no network, one that `make` refuses, and a path to another than the copy's.
+    """
+    folder, named = run / "frozen" / kind, f"config.{kind}.path"
+    weights = load(folder)
+    if weights is None:
+        if not path:
+            raise UserError(f"{named} is empty: {advice}")
+        weights = checkpoint.load_weights(path, named)
+        made = make(weights, named)  # refuses before anything is kept
+        save(folder, weights)
+        return made
+    if path and Path(path).exists() and Path(path).resolve() not in Path(weights.source).parents:
+        raise UserError(
+            f"{run} holds the {kind} of {weights.source}, but {named}={path} names another; give "
+            "a new --workdir, or the old path."
+        )
+    return make(weights, named)
+
+
+def save(folder: Path, weights: Weights) -> None:
+    """Keeps a copy of a frozen network, so that the run needs nothing outside its folder."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((folder / "variables").resolve(), weights.variables, force=True)
+    if jax.process_index() == 0:  # written last: its presence says that the copy is whole
+        (folder / "source.json").write_text(
+            json.dumps(
+                {"source": weights.source, "sha256": weights.digest, "config": weights.config},
+                indent=2,
+            )
+        )
+
+
+def load(folder: Path) -> Weights | None:
+    """Reads a frozen network back, or None if the run holds none."""
+    if not (folder / "source.json").is_file():
+        return None
+    about = json.loads((folder / "source.json").read_text(), object_hook=checkpoint.tuples)
+    variables = checkpoint.read_tree(folder.resolve() / "variables")
+    if checkpoint.digest(variables) != about["sha256"]:
+        raise UserError(f"{folder} is damaged: its weights do not match the hash in source.json.")
+    params = variables.pop("params")
+    return Weights(params, variables, about["config"], about["source"], about["sha256"])
