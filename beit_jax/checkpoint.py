@@ -21,6 +21,7 @@ from beit_jax.errors import UserError
 
 PyTree = Any
 TREES = ("params", "ema_params", "model_state", "opt_state")
+HISTORY = "history"  # the collection of model_state that is training's own: no network has it
 COUNTERS = ("step", "skipped", "skipped_in_a_row")
 
 
@@ -93,6 +94,10 @@ class Keeper:
                 "with --config.init.path."
             )
         self._check_shapes(folder / "params", abstract.params)
+        if "model_state" in items and HISTORY not in _shapes(folder / "model_state"):
+            # Imported weights have none. They can be evaluated, which does without.
+            state = {k: v for k, v in abstract.model_state.items() if k != HISTORY}
+            items["model_state"] = ocp.args.StandardRestore(state)
         restored = self._manager.restore(
             step, args=ocp.args.Composite(progress=ocp.args.JsonRestore(), **items)
         )
@@ -169,6 +174,7 @@ def load_weights(path: str, named: str) -> Weights:
     params, model_state = read_tree(checkpoint / item), {}
     if (checkpoint / "model_state").is_dir():
         model_state = read_tree(checkpoint / "model_state")
+        model_state.pop(HISTORY, None)
     kind = "averaged weights" if item == "ema_params" else "weights"
     found = Weights(params, model_state, read_config(run), str(checkpoint), "", kind)
     return found._replace(digest=digest(found.variables))

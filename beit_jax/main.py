@@ -37,7 +37,7 @@ CHANGEABLE = (
     "train.steps", "train.epochs", "train.accumulate", "train.log_every", "train.eval_every",
     "train.checkpoint_every", "train.keep", "train.max_skipped", "eval", "mesh", "data.data_dir",
     "data.source", "data.workers", "data.max_bad_share", "data.eval_split", "model.remat",
-    "tokenizer.path",
+    "tokenizer.path", "teacher.path", "vqkd.alarm_usage", "vqkd.restart_dead",
 )  # fmt: skip
 
 

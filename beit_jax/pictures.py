@@ -19,7 +19,12 @@ def picture_rows(*rows, count: int = 8) -> np.ndarray:
       uint8 [height, width, 3].
     """
     gathered = [multihost_utils.process_allgather(row[:count], tiled=True) for row in rows]
-    return np.concatenate([_row(np.asarray(images)) for images in gathered])
+    return lay_out(*(np.asarray(images) for images in gathered))
+
+
+def lay_out(*rows: np.ndarray) -> np.ndarray:
+    """`picture_rows` of arrays that this host holds whole."""
+    return np.concatenate([_row(images) for images in rows])
 
 
 def _row(images: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines in a log file."""
 
 import time
+from collections.abc import Mapping
 
 import jax
 from rich.console import Console
@@ -24,6 +25,7 @@ class Screen:
             disable=not self._console.is_terminal,
         )
         self._mark = None  # (step, seconds) after the last logged update
+        self._alarms = frozenset()  # names of those that stand
 
     def say(self, text: str) -> None:
         """Prints one line above the bar."""
@@ -57,7 +59,9 @@ class Screen:
     def show(self, step: int, numbers: dict[str, float]) -> None:
         """Shows the metrics of update `step`."""
         text = "  ".join(
-            f"{name} {numbers[name]:.4g}" for name in ("loss", "accuracy", "lr") if name in numbers
+            f"{name} {numbers[name]:.4g}"
+            for name in ("loss", "accuracy", "usage", "lr")
+            if name in numbers
         )
         rates = getattr(self, "_rates", None)
         if rates:
@@ -77,6 +81,16 @@ class Screen:
             f"evaluation at update {step}: "
             + "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
         )
+
+    def alarm(self, step: int, sentences: Mapping[str, str]) -> None:
+        """Shows what a person must act on; what still stands since the last call is not repeated.
+
+        `sentences` are by the name of what they are about.
+        """
+        for name, sentence in sentences.items():
+            if name not in self._alarms:
+                self.say(f"ALARM at update {step}: {sentence}")
+        self._alarms = frozenset(sentences)
 
     def stop(self) -> None:
         self._bar.stop()

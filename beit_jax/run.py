@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from beit_jax import checkpoint, evaluate, metrics, optimizer, progress, sharding, tasks, train
 from beit_jax.data import pipeline, sources
 from beit_jax.errors import UserError
+from beit_jax.limits import check
 from beit_jax.task import Task
 from beit_jax.warm_start import warm_start
 
@@ -81,6 +82,7 @@ class Run:
                 self.task, state, eval_step, self.split_batches, config, writer
             )
             screen.evaluated(step, scores)
+            screen.alarm(step, self.task.alarms(scores))
             if (
                 mode == "train" and keeper.latest() is None
             ):  # a run of no updates still hands its weights on
@@ -133,7 +135,15 @@ class Run:
             taken, origin = warm_start(abstract.params, weights, self.config)
         placed = jax.tree.map(lambda x: x.sharding, abstract)
         create = jax.jit(self.create_state, out_shardings=placed)
-        return create(jax.random.key(self.config.seed), taken), origin
+        state = create(jax.random.key(self.config.seed), taken)
+        if self.task.warm_start is not None:
+            with contextlib.closing(self.train_batches(0)) as batches:
+                model_state, said = self.task.warm_start(
+                    state.params, state.model_state, self.task.frozen, batches
+                )
+            place = jax.jit(lambda tree: tree, out_shardings=placed.model_state)
+            state, origin = state._replace(model_state=place(model_state)), f"{origin}\n  {said}"
+        return state, origin
 
     def train_batches(self, start: int):
         """Endless global batches on the devices, from batch number `start`."""
@@ -248,48 +258,3 @@ def store_config(run: Path, config: ConfigDict) -> None:
             raise UserError(
                 f"--workdir={run} cannot be written ({error.strerror}); name another folder."
             ) from error
-
-
-ABOVE_ZERO = (
-    "data.channels", "data.max_value", "data.eval_crop", "dvae.groups", "dvae.blocks_per_group",
-    "dvae.width", "dvae.decoder_input", "model.patch_size", "model.width", "model.depth",
-    "model.heads", "model.mlp_ratio", "eval.batch_size", "train.batch_size", "train.accumulate",
-    "train.log_every", "train.checkpoint_every", "train.keep", "train.max_skipped",
-)  # fmt: skip
-NOT_NEGATIVE = (
-    "seed", "data.labels_per_class", "data.workers", "data.color_jitter", "dvae.kl_weight",
-    "dvae.kl_steps", "dvae.temperature_steps", "model.layer_scale", "train.eval_every", "eval.knn",
-    "optimizer.warmup_epochs",
-)  # fmt: skip
-DTYPES = ("float32", "bfloat16", "float16")
-SHARES = ("data.flip", "data.holdout", "data.max_bad_share", "model.drop_path", "train.ema_decay")
-
-
-def check(config: ConfigDict) -> None:
-    """Refuses values that no part could work with, by their key."""
-    values = dict(flatten_dict(config.to_dict(), sep="."))
-
-    def refuse(key: str, rule: str):
-        raise UserError(f"config.{key}={values[key]} must be {rule}; set it so.")
-
-    for key in ABOVE_ZERO:
-        if not values[key] > 0:
-            refuse(key, "above 0")
-    for key in NOT_NEGATIVE:
-        if not values[key] >= 0:
-            refuse(key, "0 or more")
-    for key in SHARES:
-        if not 0 <= values[key] <= 1:
-            refuse(key, "from 0 to 1")
-    size = values["data.image_size"]
-    if len(size) != 2 or min(size) < 1 or any(int(x) != x for x in size):
-        refuse("data.image_size", "(height, width) in whole pixels")
-    low, high = values["data.crop_scale"]
-    if not 0 < low <= high <= 1:
-        refuse("data.crop_scale", "two rising shares above 0, at most 1")
-    low, high = values["data.crop_ratio"]
-    if not 0 < low <= high:
-        refuse("data.crop_ratio", "two rising numbers above 0")
-    for key in ("model.dtype", "dvae.dtype"):
-        if values[key] not in DTYPES:
-            refuse(key, f"one of {', '.join(DTYPES)}")

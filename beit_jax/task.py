@@ -27,6 +27,8 @@ class Purpose(IntEnum):
     MASK = 1
     DROP_PATH = 2
     GUMBEL = 3
+    RESTART = 4
+    KMEANS = 5
 
 
 class Weights(NamedTuple):
@@ -51,8 +53,14 @@ class Task(NamedTuple):
       finalize: `sums -> {name: scalar}`, for training and evaluation alike, traceable.
       frozen: weights that are read and never trained; always an argument of the jitted step.
       update_state: `(model_state, statistics) -> model_state`, once per update, from the statistics
-        of `loss_fn` summed over the global batch.
+        of `loss_fn` summed over the global batch. Collection "history" of the model state is the
+        training's own: no network has it, and evaluation does without.
       schedules: name -> function of the step, logged beside the metrics.
+      warm_start: what a fresh run does to its model state before the first update, or None:
+        `(params, model_state, frozen, batches) -> (model_state, line that says what was done)`,
+        where `batches` gives endless global batches on the devices, from the first one.
+      alarms: `metrics -> {name: sentence}` about what a person must act on, from the numbers of an
+        update or of an evaluation, on the host; empty where all is well.
       evaluators: name -> `(Weights, batches) -> ({name: number}, pictures)`, where `batches(split)`
         gives the finite, padded batches of a split, already on the devices.
       predict: `(Weights, batch) -> pytree of arrays`, what the task is for.
@@ -67,6 +75,8 @@ class Task(NamedTuple):
     predict: Callable[..., PyTree]
     update_state: Callable[[PyTree, PyTree], PyTree] = lambda model_state, statistics: model_state
     schedules: Mapping[str, Callable[[jax.Array], jax.Array]] = {}
+    warm_start: Callable[..., tuple[PyTree, str]] | None = None
+    alarms: Callable[[Mapping[str, float]], Mapping[str, str]] = lambda metrics: {}
     evaluators: Mapping[str, Callable[..., tuple[Mapping[str, float], Pictures]]] = {}
 
 

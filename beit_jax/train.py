@@ -162,14 +162,14 @@ def train(
             state, values = train_step(state, task.frozen, next(batches))
             step += 1
             if pending is not None:
-                _log(*pending, cadence, writer, screen)
+                _log(*pending, task.alarms, cadence, writer, screen)
             pending = (step, values)
             stopping = stop.requested(step)
             evaluating = step == total_steps or (
                 cadence.eval_every and step % cadence.eval_every == 0
             )
             if evaluating or stopping or step % cadence.checkpoint_every == 0:
-                _log(*pending, cadence, writer, screen)
+                _log(*pending, task.alarms, cadence, writer, screen)
                 pending, scores = None, None
                 try:
                     if evaluating:
@@ -177,6 +177,7 @@ def train(
                             task, state, eval_step, split_batches, config, writer
                         )
                         screen.evaluated(step, scores)
+                        screen.alarm(step, task.alarms(scores))
                 finally:  # what was learnt is kept, whatever the evaluation ran into
                     keeper.save(state, scores)
             if stopping:
@@ -207,7 +208,9 @@ def run_evaluation(task: Task, state: TrainState, eval_step, split_batches, conf
     return scores
 
 
-def _log(step: int, values, cadence, writer: metrics.Writer, screen: progress.Screen) -> None:
+def _log(
+    step: int, values, alarms, cadence, writer: metrics.Writer, screen: progress.Screen
+) -> None:
     """Waits for one update; every `log_every` updates fetches and writes its metrics."""
     in_a_row = int(values["skipped_in_a_row"])
     screen.advance(step)
@@ -224,6 +227,7 @@ def _log(step: int, values, cadence, writer: metrics.Writer, screen: progress.Sc
     if rates := screen.rates(step):
         writer.scalars(step, "timing", rates)
     screen.show(step, numbers)
+    screen.alarm(step, alarms(numbers))
 
 
 class _StopRequest:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """Returns the locked tree of all keys."""
     config = ConfigDict()
-    config.task = "mim"  # dvae | mim | classify
+    config.task = "mim"  # dvae | vqkd | mim | classify
     config.seed = 0
 
     config.data = data = ConfigDict()
@@ -74,9 +74,18 @@ def get_config() -> ConfigDict:
     vqkd.code_width = 32
     vqkd.decoder_depth = 1  # blocks, which are like the encoder's; 1 or 3 were published
     vqkd.teacher_width = 512  # of the features that it imitates: 512 (CLIP) | 768 (DINO)
+    vqkd.decay = 0.99  # share of a code that stays when it follows its vectors' mean, each update
+    vqkd.kmeans = 10  # iterations that place the codes before the first update; 0: random codes
+    vqkd.kmeans_vectors = 10  # vectors that these see for each code, at least
+    vqkd.dead_after = 1_000  # updates without being chosen after which a code counts as dead
+    vqkd.restart_dead = False  # whether dead codes start again from vectors of the batch
+    vqkd.alarm_usage = 0.5  # share of the codes below which a run says that they collapse
+
+    config.teacher = teacher = ConfigDict()  # what config.vqkd imitates
+    teacher.path = ""  # run folder of an imported CLIP or DINO, or of any encoder
 
     config.tokenizer = tokenizer = ConfigDict()
-    tokenizer.path = ""  # a dVAE's run folder
+    tokenizer.path = ""  # run folder of a dVAE or a VQ-KD
     tokenizer.interpolation = "lanczos"  # of the view that the tokenizer sees
 
     config.init = init = ConfigDict()

@@ -33,15 +33,31 @@ def tokenizers(tmp_path_factory):
     }
 
 
-def build(config, tokenizers, folder):
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Untouched teachers by the width of their features: CLIP's, DINO's and the digits' encoder."""
+    folders = {}
+    for task, width, outputs in (("teacher", 8, 512), ("teacher", 768, 0), ("mim", 64, 16)):
+        tree = load("vqkd_base_clip") if task == "teacher" else load("digits_mim")
+        tree.task, tree.model.width, tree.model.depth, tree.model.heads = task, width, 1, 1
+        folder = tmp_path_factory.mktemp(f"teacher_{width}")
+        folders[outputs if task == "teacher" and outputs else width] = tiny.untouched(
+            folder, tree, outputs
+        )
+    return folders
+
+
+def build(config, tokenizers, folder, teachers=None):
     config.tokenizer.path = str(tokenizers[config.data.channels])
+    if config.task == "vqkd":
+        config.teacher.path = str(teachers[config.vqkd.teacher_width])
     return tasks.build(config, CLASSES, folder)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_recipe_is_built_and_shaped(name, tokenizers, tmp_path):
+def test_every_recipe_is_built_and_shaped(name, tokenizers, teachers, tmp_path):
     config = load(name)
-    task = build(config, tokenizers, tmp_path)
+    task = build(config, tokenizers, tmp_path, teachers)
     examples = 1_097 if config.data.source == "digits" else 1_281_167
     steps = train.total_steps(config, examples)
     task, optimizer = with_optimizer(task, config, steps, examples)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "beit_jax"
 # From the ground up. A room imports rooms of lower floors and, if it is a folder, its own files.
 FLOORS = [
     {"errors"},
-    {"augment", "command_line", "losses", "masking", "metrics", "models", "resize"},
+    {"augment", "command_line", "limits", "losses", "masking", "metrics", "models", "resize"},
     {"architecture", "data", "optimizer", "pictures", "progress", "sharding"},
     {"checkpoint", "interop", "task"},
     {"evaluate", "features", "frozen", "stored_config", "teacher", "tokenizer", "warm_start"},

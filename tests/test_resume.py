@@ -37,23 +37,8 @@ def whole(recipe, tmp_path_factory):
     return folder
 
 
-def killed_after(run: tiny.Run, updates: int) -> None:
-    """Trains, and dies like a process that was killed before update `updates` + 1."""
-    batches = run.train_batches
-
-    def dying(start):
-        for number, batch in enumerate(batches(start)):
-            if number == updates:
-                raise MemoryError
-            yield batch
-
-    run.train_batches = dying
-    with pytest.raises(MemoryError):
-        run.execute("train")
-
-
 def test_resumed_lines_are_identical(recipe, whole, tmp_path):
-    killed_after(tiny.run(recipe, tmp_path, jax.devices()[:1]), 28)
+    tiny.killed_after(tiny.run(recipe, tmp_path, jax.devices()[:1]), 28)
     beyond = [line["step"] for line in values(tmp_path, HALF)]
     assert beyond == list(range(HALF + 1, 28)), "nothing to drop on resuming"
     tiny.run(recipe, tmp_path, jax.devices()[:1]).execute("train")
@@ -63,7 +48,7 @@ def test_resumed_lines_are_identical(recipe, whole, tmp_path):
 
 
 def test_another_number_of_devices_goes_on(recipe, whole, tmp_path):
-    killed_after(tiny.run(recipe, tmp_path, jax.devices()[:1]), 28)
+    tiny.killed_after(tiny.run(recipe, tmp_path, jax.devices()[:1]), 28)
     other = recipe.copy_and_resolve_references()
     other.mesh.fsdp = 4
     tiny.run(other, tmp_path).execute("train")

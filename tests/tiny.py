@@ -1,14 +1,22 @@
-"""Runs small enough for tests, on the digits: a dVAE, masked image modelling, classification."""
+"""Runs small enough for tests, on the digits: one of every task that trains."""
 
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import pytest
 
 from beit_jax import checkpoint, train
+from beit_jax.architecture import make_network
 from beit_jax.run import Run, store_config
-from configs import digits_classify, digits_dvae, digits_mim
+from configs import digits_classify, digits_dvae, digits_mim, digits_vqkd
 
-RECIPES = {"dvae": digits_dvae, "mim": digits_mim, "classify": digits_classify}
+RECIPES = {
+    "dvae": digits_dvae,
+    "mim": digits_mim,
+    "classify": digits_classify,
+    "vqkd": digits_vqkd,
+}
 
 
 def config(task: str, **changes):
@@ -22,6 +30,9 @@ def config(task: str, **changes):
             "dvae.width": 8,
             "dvae.vocabulary": 16,
             "dvae.decoder_input": 8,
+            "vqkd.codes": 16,
+            "vqkd.code_width": 8,
+            "vqkd.teacher_width": 32,
             "train.batch_size": 16,
             "train.log_every": 1,
             "train.steps": 4,
@@ -60,6 +71,31 @@ def random_tokenizer(folder: Path, **changes) -> Path:
     saving.save(fresh_state(run(tree, folder, jax.devices()[:1])), None)
     saving.close()
     return folder
+
+
+def untouched(folder: Path, tree, outputs: int) -> Path:
+    """The network of a config with initial weights, as an imported run's folder."""
+    network, inputs = make_network(tree, outputs)
+    shapes = [jnp.zeros(x.shape, x.dtype) for x in inputs]
+    variables = jax.jit(network.init)(jax.random.key(tree.seed), *shapes)
+    store_config(folder, tree)
+    checkpoint.save_weights(folder, dict(jax.device_get(variables)))
+    return folder
+
+
+def killed_after(run: Run, updates: int) -> None:
+    """Trains, and dies like a process that was killed before update `updates` + 1."""
+    batches = run.train_batches
+
+    def dying(start):
+        for number, batch in enumerate(batches(start)):
+            if number == updates:
+                raise MemoryError
+            yield batch
+
+    run.train_batches = dying
+    with pytest.raises(MemoryError):
+        run.execute("train")
 
 
 def rebuilt_step(which: Run):

@@ -27,6 +27,17 @@ class Statistics(NamedTuple):
     sums: jax.Array  # float32 [K, E], of these vectors on the unit sphere
 
 
+class Candidates(NamedTuple):
+    """Vectors that dead codes may start again from; those of two batches add up, too.
+
+    Each lies in a slot that its row's own key drew, so neither devices nor microbatches move it. A
+    slot with more than one is of no use: the sum of two vectors is neither of them.
+    """
+
+    vectors: jax.Array  # float32 [S, E]
+    rows: jax.Array  # float32 [S], how many vectors were added up in each slot
+
+
 def normalize(vectors: jax.Array) -> jax.Array:
     """Vectors [..., E] on the unit sphere, float32; zero stays zero, with a gradient of zero."""
     vectors = vectors.astype(jnp.float32)
@@ -105,3 +116,46 @@ def kmeans(vectors: jax.Array, starts: jax.Array, iterations: int) -> tuple[jax.
 
     start = (starts.astype(jnp.float32), jnp.zeros(len(starts), jnp.float32))
     return jax.lax.fori_loop(0, iterations, iteration, start)
+
+
+def candidates(normalized: jax.Array, keys: jax.Array, slots: int) -> Candidates:
+    """One of the vectors [B, n, E] of each row, in a slot; both are drawn by the row's key [B].
+
+    With as many slots as rows in the global batch, about 37 % (1/e) of the rows are alone in one.
+    """
+    vectors = jax.lax.stop_gradient(normalized)
+
+    def draw(key):
+        place, slot = jax.random.split(key)
+        return (
+            jax.random.randint(place, (), 0, vectors.shape[1]),
+            jax.random.randint(slot, (), 0, slots),
+        )
+
+    place, slot = jax.vmap(draw)(keys)
+    chosen = jnp.take_along_axis(vectors, place[:, None, None], axis=1)[:, 0]
+    return Candidates(
+        jnp.zeros((slots, vectors.shape[-1])).at[slot].add(chosen),
+        jnp.zeros(slots).at[slot].add(1.0),
+    )
+
+
+def restart(codebook: jax.Array, dead: jax.Array, found: Candidates) -> tuple[jax.Array, jax.Array]:
+    """Puts dead codes where vectors are: the first dead code on the first candidate, and so on.
+
+    The official code has no such thing: its unused codes stay where they are for ever.
+
+    Args:
+      codebook: float32 [K, E].
+      dead: bool [K].
+      found: of the global batch.
+
+    Returns:
+      the codebook, and bool [K], the codes that were moved: not more than there are candidates.
+    """
+    usable = found.rows == 1
+    order = jnp.argsort(~usable, stable=True)  # usable slots first, each kind in its order
+    rank = jnp.cumsum(dead) - 1  # of a code among the dead ones
+    moved = dead & (rank < usable.sum())
+    chosen = found.vectors[order[jnp.clip(rank, 0, len(order) - 1)]]
+    return jnp.where(moved[:, None], chosen, codebook), moved

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from beit_jax.errors import UserError
 from beit_jax.task import Task
-from beit_jax.tasks import classify, dvae, mim
+from beit_jax.tasks import classify, dvae, mim, vqkd
 
 BUILDERS: dict[str, Callable[..., Task]] = {
     "dvae": dvae.build,
+    "vqkd": vqkd.build,
     "mim": mim.build,
     "classify": classify.build,
 }

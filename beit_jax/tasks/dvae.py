@@ -23,6 +23,7 @@ from beit_jax.errors import UserError
 from beit_jax.models.dvae import DVAE, map_pixels, unmap_pixels
 from beit_jax.pictures import picture_rows
 from beit_jax.task import Purpose, Task, Weights, example_weights, keys_for, mean_of_sums
+from beit_jax.tasks import codebook
 from beit_jax.tokenizer import decode_tokens
 
 
@@ -116,14 +117,7 @@ def finalize(sums) -> dict[str, jax.Array]:
     """Means, and from the code histogram the share of codes used and their perplexity."""
     sums = dict(sums)
     counts, _ = sums.pop("codes")
-    return mean_of_sums(sums) | codebook_health(counts)
-
-
-def codebook_health(counts: jax.Array) -> dict[str, jax.Array]:
-    """Share of the K codes that occur, and exp of the entropy of their frequencies [K]."""
-    share = counts / counts.sum()
-    entropy = -(share * jnp.log(jnp.where(share > 0, share, 1))).sum()
-    return {"usage": (counts > 0).mean(), "perplexity": jnp.exp(entropy)}
+    return mean_of_sums(sums) | codebook.health(counts)
 
 
 def cosine_ramp(start: float, end: float, steps: int):

@@ -1,0 +1,54 @@
+"""Values that no part of the package could work with, whatever the task."""
+
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from beit_jax.errors import UserError
+
+ABOVE_ZERO = (
+    "data.channels", "data.max_value", "data.eval_crop", "dvae.groups", "dvae.blocks_per_group",
+    "dvae.width", "dvae.decoder_input", "model.patch_size", "model.width", "model.depth",
+    "model.heads", "model.mlp_ratio", "eval.batch_size", "train.batch_size", "train.accumulate",
+    "train.log_every", "train.checkpoint_every", "train.keep", "train.max_skipped",
+    "vqkd.codes", "vqkd.code_width", "vqkd.decoder_depth", "vqkd.kmeans_vectors", "vqkd.dead_after",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "seed", "data.labels_per_class", "data.workers", "data.color_jitter", "dvae.kl_weight",
+    "dvae.kl_steps", "dvae.temperature_steps", "model.layer_scale", "train.eval_every", "eval.knn",
+    "optimizer.warmup_epochs", "vqkd.kmeans",
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
+SHARES = (
+    "data.flip", "data.holdout", "data.max_bad_share", "model.drop_path", "train.ema_decay",
+    "vqkd.decay", "vqkd.alarm_usage",
+)  # fmt: skip
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses values that no part could work with, by their key."""
+    values = dict(flatten_dict(config.to_dict(), sep="."))
+
+    def refuse(key: str, rule: str):
+        raise UserError(f"config.{key}={values[key]} must be {rule}; set it so.")
+
+    for key in ABOVE_ZERO:
+        if not values[key] > 0:
+            refuse(key, "above 0")
+    for key in NOT_NEGATIVE:
+        if not values[key] >= 0:
+            refuse(key, "0 or more")
+    for key in SHARES:
+        if not 0 <= values[key] <= 1:
+            refuse(key, "from 0 to 1")
+    size = values["data.image_size"]
+    if len(size) != 2 or min(size) < 1 or any(int(x) != x for x in size):
+        refuse("data.image_size", "(height, width) in whole pixels")
+    low, high = values["data.crop_scale"]
+    if not 0 < low <= high <= 1:
+        refuse("data.crop_scale", "two rising shares above 0, at most 1")
+    low, high = values["data.crop_ratio"]
+    if not 0 < low <= high:
+        refuse("data.crop_ratio", "two rising numbers above 0")
+    for key in ("model.dtype", "dvae.dtype"):
+        if values[key] not in DTYPES:
+            refuse(key, f"one of {', '.join(DTYPES)}")

@@ -1,0 +1,30 @@
+"""BEiT v2's tokenizer for the digits, with our own encoder of the quick start as its teacher.
+
+Command:
+    python -m beit_jax.main --config=configs/digits_vqkd.py
+Then BEiT on its tokens:
+    python -m beit_jax.main --config=configs/digits_mim.py --workdir=runs/digits_mim_v2 \
+        --config.tokenizer.path=runs/digits_vqkd
+"""
+
+from configs import digits
+
+
+def get_config():
+    config = digits.get_config()
+    config.task = "vqkd"
+    config.teacher.path = "runs/digits_mim"
+    config.vqkd.codes = 64
+    config.vqkd.code_width = 16
+    config.vqkd.decoder_depth = 1
+    config.vqkd.teacher_width = 64
+    config.vqkd.dead_after = 50
+    config.train.steps = 1000
+    config.train.checkpoint_every = 500
+    config.train.log_every = 100
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_epochs = 5.0
+    config.optimizer.b2 = 0.99
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.clip = 0.0
+    return config
