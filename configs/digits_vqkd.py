@@ -18,7 +18,9 @@ def get_config():
     config.vqkd.code_width = 16
     config.vqkd.decoder_depth = 1
     config.vqkd.teacher_width = 64
+    # So fast a training outruns its codebook: without restarts two thirds of the codes stay dead.
     config.vqkd.dead_after = 50
+    config.vqkd.restart_dead = True
     config.train.steps = 1000
     config.train.checkpoint_every = 500
     config.train.log_every = 100

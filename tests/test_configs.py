@@ -35,13 +35,13 @@ def tokenizers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """Untouched teachers by the width of their features: CLIP's, DINO's and the digits' encoder."""
+    """Random teachers by the width of their features: CLIP's, DINO's and the digits' encoder."""
     folders = {}
     for task, width, outputs in (("teacher", 8, 512), ("teacher", 768, 0), ("mim", 64, 16)):
         tree = load("vqkd_base_clip") if task == "teacher" else load("digits_mim")
         tree.task, tree.model.width, tree.model.depth, tree.model.heads = task, width, 1, 1
         folder = tmp_path_factory.mktemp(f"teacher_{width}")
-        folders[outputs if task == "teacher" and outputs else width] = tiny.untouched(
+        folders[outputs if task == "teacher" and outputs else width] = tiny.random_network(
             folder, tree, outputs
         )
     return folders

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from beit_jax import checkpoint, train
-from beit_jax.architecture import make_network
+from beit_jax.architecture import make_network, variables_of
 from beit_jax.run import Run, store_config
 from configs import digits_classify, digits_dvae, digits_mim, digits_vqkd
 
@@ -73,13 +73,16 @@ def random_tokenizer(folder: Path, **changes) -> Path:
     return folder
 
 
-def untouched(folder: Path, tree, outputs: int) -> Path:
-    """The network of a config with initial weights, as an imported run's folder."""
+def random_network(folder: Path, tree, outputs: int) -> Path:
+    """The network of a config with random weights, as an imported run's folder."""
     network, inputs = make_network(tree, outputs)
-    shapes = [jnp.zeros(x.shape, x.dtype) for x in inputs]
-    variables = jax.jit(network.init)(jax.random.key(tree.seed), *shapes)
+    random = np.random.default_rng(tree.seed)
+    variables = jax.tree.map(
+        lambda leaf: random.normal(0.0, 0.2, leaf.shape).astype(leaf.dtype),
+        variables_of(network, *inputs),
+    )
     store_config(folder, tree)
-    checkpoint.save_weights(folder, dict(jax.device_get(variables)))
+    checkpoint.save_weights(folder, dict(variables))
     return folder
 
 

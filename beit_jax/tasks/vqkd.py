@@ -150,13 +150,15 @@ class Distillation(NamedTuple):
             where = "by the evaluation"
         if usage >= vqkd.alarm_usage * expected:
             return {}
-        remedy = "give this command again with --config.vqkd.restart_dead=True"
-        if vqkd.restart_dead:
-            remedy = "start in a new --workdir with a smaller config.vqkd.dead_after"
+        again = "give this command again with --config.vqkd.restart_dead=True, or "
+        first = "" if vqkd.restart_dead else again
+        others = ["fewer config.vqkd.codes", "a lower config.optimizer.learning_rate"]
+        others += ["a smaller config.vqkd.dead_after"] * vqkd.restart_dead
+        others += ["--config.vqkd.kmeans=10"] * (not vqkd.kmeans)
         return {
             where: f"only {usage:.1%} of the {vqkd.codes} codes were chosen {where}, so the "
-            f"codebook collapses; stop, and {remedy}, or start in a new --workdir with fewer "
-            "config.vqkd.codes, a lower config.optimizer.learning_rate or config.vqkd.kmeans=10."
+            f"codebook has collapsed; stop, and {first}start in a "
+            f"new --workdir with {', '.join(others[:-1])} or {others[-1]}."
         }
 
 
