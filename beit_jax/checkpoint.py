@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
@@ -240,8 +241,8 @@ def read_tree(path: Path) -> PyTree:
 
 def _shapes(path: Path) -> PyTree:
     """What one item of a checkpoint holds, without reading it: leaves have `shape`."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.metadata(path).item_metadata.tree
+    # The handler itself, since a checkpointer warns of metadata that only whole steps have.
+    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(path)).tree
 
 
 def _newest(checkpoints: Path) -> Path | None:

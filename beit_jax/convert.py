@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from beit_jax import checkpoint, command_line, metrics, portable
+from beit_jax import checkpoint, command_line, limits, metrics, portable
 from beit_jax.errors import UserError
 from beit_jax.interop import expect, exporting, files, pytorch_writer
 from beit_jax.interop.exporting import STYLES
@@ -89,8 +90,11 @@ def import_(options: argparse.Namespace) -> int:
     """Writes foreign weights as a run's folder; 1 if they do not give the expected numbers."""
     folder = Path(options.dst).expanduser()
     if folder.exists():
-        raise UserError(f"{folder} is there already: choose another DST, or delete it first")
-    expected = _read_expected(options.expect) if options.expect else None
+        state = (
+            "" if (folder / "config.json").exists() else ", perhaps of an import that was cut off"
+        )
+        raise UserError(f"{folder} is there already{state}: choose another DST, or delete it first")
+    expected = None if options.expect is None else _read_expected(options.expect)
     imported = import_archive(
         files.read(options.src),
         _every_key(),
@@ -99,6 +103,10 @@ def import_(options: argparse.Namespace) -> int:
         allow_partial=options.allow_partial,
     )
     _print(imported.report)
+    try:
+        limits.check(imported.config)
+    except UserError as error:
+        raise UserError(f"what lies beside the weights cannot work: {error}") from error
     # Compared first, so that no folder is left of weights that turned out wrong.
     if expected is not None and not _compare(imported, expected, options.atol):
         print(f"the numbers do not agree within --atol={options.atol}; {folder} was not written")
@@ -133,6 +141,7 @@ def export(options: argparse.Namespace) -> int:
             _write(target / name, partial(_write_json, content))
         lines.append(("tensors", f"{len(exported.tensors)}"))
         lines += [("left out", text) for text in exporting.said(exported.left_out)]
+        lines += [("not in it", text) for text in exported.unsaid]
     _print([*lines, ("wrote", str(target))])
     return 0
 
@@ -147,16 +156,18 @@ WEIGHT_FILES = {".safetensors": _write_safetensors, ".pth": pytorch_writer.write
 
 def _write(file: Path, write: Callable[[Path], object]) -> None:
     """Has `write` write a file beside `file`, which takes its place when it is whole."""
+    part = file.with_name(f"{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.part")
         part.touch()
         mode = part.stat().st_mode  # safetensors writes files that nobody else may read
         write(part)
         part.chmod(mode)
         part.replace(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written ({error.strerror}); choose another") from error
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"{file} cannot be written ({reason}); choose another place") from error
 
 
 def _write_json(content: dict, file: Path) -> None:
@@ -237,7 +248,11 @@ def _write_run(folder: Path, imported: Imported) -> None:
     """The run's folder: one checkpoint of no updates, and its config, written last."""
     report = "\n".join(_lines(imported.report)) + "\n"
     _write(folder / "import.txt", lambda file: file.write_text(report))
-    checkpoint.save_weights(folder, imported.variables)
+    try:
+        checkpoint.save_weights(folder, imported.variables)
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{folder} cannot be written ({reason}); make room there") from error
     _write(folder / "config.json", partial(_write_json, imported.config.to_dict()))
 
 
@@ -250,7 +265,7 @@ def _lines(report: list[tuple[str, str]]) -> list[str]:
 
 
 def _print_tensors(tensors) -> None:
-    width = max(map(len, tensors))
+    width = max(map(len, tensors), default=0)
     for name, tensor in tensors.items():
         shape = "x".join(map(str, tensor.shape)) or "scalar"
         print(f"  {name:<{width}}  {str(tensor.dtype):<9} {shape:<18} {tensor.nbytes:>12,} bytes")

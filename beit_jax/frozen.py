@@ -5,7 +5,7 @@ that made them, so that a run resumes and evaluates by itself.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,20 @@ from beit_jax.errors import UserError
 
 def frozen_network(
     run: Path, kind: str, path: str, make: Callable[[Weights, str], Any], advice: str
-):
+) -> tuple[Any, dict[str, Weights]]:
     """What `make` makes of a frozen network, from the run's own copy if there is one.
 
+    Nothing is written: training calls `keep`, an evaluation leaves the run as it is.
+
     Args:
-      run: the run's folder, which holds or receives the copy.
+      run: the run's folder, which may hold a copy.
       kind: "tokenizer" or "teacher"; the path is `config.<kind>.path`.
       path: another run's folder; "" where the copy is enough.
       make: `(weights, the key that named them) -> network`; refuses what cannot serve.
       advice: the rest of the sentence where neither a copy nor a path is there.
+
+    Returns:
+      the network, and what `keep` is to keep of it: {kind: weights}, empty where there is a copy.
 
     Raises:
       UserError: for no network, one that `make` refuses, and a path to another than the copy's.
@@ -38,19 +43,23 @@ def frozen_network(
         if not path:
             raise UserError(f"{named} is empty: {advice}")
         weights = checkpoint.load_weights(path, named)
-        made = make(weights, named)  # refuses before anything is kept
-        save(folder, weights)
-        return made
+        return make(weights, named), {kind: weights}
     if path and Path(path).exists() and Path(path).resolve() not in Path(weights.source).parents:
         raise UserError(
             f"{run} holds the {kind} of {weights.source}, but {named}={path} names another; give "
             "a new --workdir, or the old path."
         )
-    return make(weights, named)
+    return make(weights, named), {}
+
+
+def keep(run: Path, copies: Mapping[str, Weights]) -> None:
+    """Keeps networks by kind, so that the run needs nothing outside its folder."""
+    for kind, weights in copies.items():
+        save(run / "frozen" / kind, weights)
 
 
 def save(folder: Path, weights: Weights) -> None:
-    """Keeps a copy of a frozen network, so that the run needs nothing outside its folder."""
+    """Writes a copy of a frozen network."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / "variables").resolve(), weights.variables, force=True)
     if jax.process_index() == 0:  # written last: its presence says that the copy is whole

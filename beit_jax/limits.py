@@ -11,6 +11,7 @@ ABOVE_ZERO = (
     "model.heads", "model.mlp_ratio", "eval.batch_size", "train.batch_size", "train.accumulate",
     "train.log_every", "train.checkpoint_every", "train.keep", "train.max_skipped",
     "vqkd.codes", "vqkd.code_width", "vqkd.decoder_depth", "vqkd.kmeans_vectors", "vqkd.dead_after",
+    "model.norm_epsilon",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "data.labels_per_class", "data.workers", "data.color_jitter", "dvae.kl_weight",
@@ -43,6 +44,11 @@ def check(config: ConfigDict) -> None:
     size = values["data.image_size"]
     if len(size) != 2 or min(size) < 1 or any(int(x) != x for x in size):
         refuse("data.image_size", "(height, width) in whole pixels")
+    for key in ("model.mean", "model.std"):
+        if len(values[key]) not in (1, values["data.channels"]):
+            refuse(key, f"one number, or one for each of data.channels={values['data.channels']}")
+    if not all(value > 0 for value in values["model.std"]):
+        refuse("model.std", "above 0")
     low, high = values["data.crop_scale"]
     if not 0 < low <= high <= 1:
         refuse("data.crop_scale", "two rising shares above 0, at most 1")

@@ -40,6 +40,12 @@ CHANGEABLE = (
     "tokenizer.path", "teacher.path", "vqkd.alarm_usage", "vqkd.restart_dead",
 )  # fmt: skip
 
+# May differ in an evaluation besides: they change what it measures, and no weight.
+EVALUATED_WITH = (
+    "mask", "model.mean", "model.std", "model.dtype", "data.eval_crop", "data.interpolation",
+    "data.train_split",
+)  # fmt: skip
+
 
 def main(argv: list[str]) -> None:
     """Reads the flags and runs one training or evaluation."""
@@ -85,8 +91,9 @@ def resolve() -> tuple[Path, ConfigDict]:
 def _refuse_changes(run: Path, old: dict, new: dict) -> None:
     """Refuses to go on with a run under another recipe than it was started with."""
     old, new = dict(_flat(old)), dict(_flat(new))
+    changeable = CHANGEABLE + (EVALUATED_WITH if MODE.value == "eval" else ())
     for key, value in new.items():
-        if any(key == c or key.startswith(c + ".") for c in CHANGEABLE):
+        if any(key == c or key.startswith(c + ".") for c in changeable):
             continue
         before = old.get(key)
         if before != (list(value) if isinstance(before, list) else value):

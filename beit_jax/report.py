@@ -25,6 +25,12 @@ RESULTS = {
         ("usage", "codes used", "{:.0%}"),
         ("perplexity", "perplexity", "{:.1f}"),
     ),
+    "vqkd": (
+        ("imitation", "1 - cosine to the teacher", "{:.3f}"),
+        ("commitment", "commitment", "{:.4f}"),
+        ("usage", "codes used", "{:.0%}"),
+        ("perplexity", "perplexity", "{:.1f}"),
+    ),
     "mim": (
         ("loss", "loss", "{:.3f}"),
         ("accuracy", "masked-token accuracy", "{:.1%}"),

@@ -9,7 +9,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from beit_jax import checkpoint, evaluate, metrics, optimizer, progress, sharding, tasks, train
+from beit_jax import (
+    checkpoint,
+    evaluate,
+    frozen,
+    metrics,
+    optimizer,
+    progress,
+    sharding,
+    tasks,
+    train,
+)
 from beit_jax.data import pipeline, sources
 from beit_jax.errors import UserError
 from beit_jax.limits import check
@@ -54,6 +64,7 @@ class Run:
             size, microbatches = config.train.batch_size, config.train.accumulate
             sharding.check_batch("config.train.batch_size", size, self.mesh, microbatches)
             store_config(self.folder, config)
+            frozen.keep(self.folder, self.task.copies)
         keeper = checkpoint.Keeper(
             self.folder,
             keep=config.train.keep,
@@ -74,7 +85,8 @@ class Run:
         screen.say(
             f"{config.task} in {self.folder} on {self.mesh.size} {jax.default_backend()} devices\n"
             f"data: {self.source.description}\n"
-            f"{self.steps} updates of {config.train.batch_size} images; {origin}"
+            + f"{self.steps} updates of {config.train.batch_size} images; " * (mode == "train")
+            + origin
         )
         if mode == "eval" or step >= self.steps:
             eval_step = evaluate.make_eval_step(self.task, config.seed)

@@ -52,6 +52,7 @@ class Task(NamedTuple):
         `batch["valid"]` are padding and must weigh nothing.
       finalize: `sums -> {name: scalar}`, for training and evaluation alike, traceable.
       frozen: weights that are read and never trained; always an argument of the jitted step.
+      copies: frozen networks by kind that a training run is to keep, see `frozen.keep`.
       update_state: `(model_state, statistics) -> model_state`, once per update, from the statistics
         of `loss_fn` summed over the global batch. Collection "history" of the model state is the
         training's own: no network has it, and evaluation does without.
@@ -73,6 +74,7 @@ class Task(NamedTuple):
     finalize: Callable[[Sums], Mapping[str, jax.Array]]
     frozen: PyTree
     predict: Callable[..., PyTree]
+    copies: Mapping[str, Any] = {}
     update_state: Callable[[PyTree, PyTree], PyTree] = lambda model_state, statistics: model_state
     schedules: Mapping[str, Callable[[jax.Array], jax.Array]] = {}
     warm_start: Callable[..., tuple[PyTree, str]] | None = None

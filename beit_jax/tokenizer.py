@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from beit_jax import checkpoint, losses
-from beit_jax.architecture import make_dvae, make_vqkd
+from beit_jax.architecture import make_dvae, make_vqkd, patch_grid
 from beit_jax.errors import UserError
 from beit_jax.models import vqkd
 from beit_jax.models.dvae import DVAE, map_pixels, unmap_pixels
@@ -25,6 +25,7 @@ class Tokenizer(NamedTuple):
       variables: the weights.
       vocabulary: K, the number of codes.
       factor: pixels of its view that a token stands for, each way.
+      grid: tokens down and across, where its positions are for one grid alone; else None.
       tokens: `(variables, images [B, H, W, ch] in [0, 1]) -> int32 [B, h, w]`.
       pictures: `(variables, int32 [B, h, w]) -> [B, H, W, ch] in [0, 1]`, or None.
       nats: `(variables, int32 [B, h, w], images) -> float32 [B]`, -log p(image | tokens) summed
@@ -34,6 +35,7 @@ class Tokenizer(NamedTuple):
     variables: Variables
     vocabulary: int
     factor: int
+    grid: tuple[int, int] | None
     tokens: Callable[[Variables, jax.Array], jax.Array]
     pictures: Callable[[Variables, jax.Array], jax.Array] | None
     nats: Callable[[Variables, jax.Array, jax.Array], jax.Array] | None
@@ -79,6 +81,7 @@ def _dvae(weights: checkpoint.Weights) -> Tokenizer:
         variables=weights.variables,
         vocabulary=model.vocabulary,
         factor=2 ** (model.groups - 1),
+        grid=None,
         tokens=tokens,
         pictures=pictures if decodes else None,
         nats=nats if decodes else None,
@@ -95,6 +98,7 @@ def _vqkd(weights: checkpoint.Weights) -> Tokenizer:
         variables=weights.variables,
         vocabulary=model.codes,
         factor=model.encoder.patch_size,
+        grid=patch_grid(weights.config),
         tokens=tokens,
         pictures=None,
         nats=None,

@@ -64,6 +64,13 @@ def warm_start(params: PyTree, weights: Weights, config: Mapping) -> tuple[PyTre
     report = _report(weights.source, taken, copied, fresh, unused)
     if resized:
         report.append(f"resized from {_by(source)} to {_by(target)} patches: {_listed(resized)}")
+    for key in ("mean", "std"):
+        here, there = config["model"][key], weights.config["model"][key]
+        if tuple(here) != tuple(there):
+            report.append(
+                f"WARNING: it saw pixels normalised with {key} {tuple(there)}, here they are with "
+                f"{tuple(here)}; --config.model.{key} changes that"
+            )
     return unflatten_dict(taken, sep="/"), "\n  ".join(report)
 
 

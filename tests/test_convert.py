@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from beit_jax import architecture, augment, convert, features, metrics
 from beit_jax.checkpoint import load_weights, read_config
 from beit_jax.errors import UserError
+from beit_jax.interop import pytorch_writer
 from beit_jax.run import Run
 
 HEADS = ("--num-heads=3",)
@@ -294,5 +295,111 @@ def test_mistakes_get_one_sentence(capsys, tmp_path):
     save_file({"fc.weight": np.zeros((2, 3), np.float32)}, unknown)
     assert "no known family" in refusal(capsys, "import", unknown, dst)
     misfit = partial(tmp_path, **{"patch_embed.proj.weight": np.zeros((48, 3), np.float32)})
-    assert "no shapes of that family" in refusal(capsys, "import", misfit, dst)
+    assert "what that family never has" in refusal(capsys, "import", misfit, dst)
     assert not dst.exists()
+
+
+def run_of(tmp_path, capsys, src, *flags) -> tuple[dict, str]:
+    """Imports `src`; the config of the run, and what was printed."""
+    assert convert.main(["import", str(src), str(tmp_path / "run"), *flags]) == 0
+    return read_config(tmp_path / "run"), capsys.readouterr().out
+
+
+def saved(tmp_path, tensors, **jsons) -> str:
+    """A folder with weights and the JSON files beside them."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    for name, content in jsons.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_a_config_or_a_flag_that_contradicts_the_weights_is_refused(capsys, tmp_path):
+    dst = tmp_path / "run"
+    tensors = checkpoint("beit_finetune/checkpoint")
+    for name, value in {"num_hidden_layers": 9, "hidden_size": 64, "image_size": 32}.items():
+        (tmp_path / name).mkdir()
+        folder = saved(tmp_path / name, tensors, config={name: value})
+        said = refusal(capsys, "import", folder, dst)
+        assert f"says {name}={value if name != 'image_size' else (32, 32)}" in said
+    assert "have 3 heads" in refusal(
+        capsys, "import", source("beit_finetune"), dst, "--num-heads=6"
+    )
+    v2 = source("beitv2_pretrain")
+    assert "no CLS branch" in refusal(capsys, "import", source("beit_pretrain"), dst, *BRANCH)
+    assert "not between 0 and" in refusal(capsys, "import", v2, dst, "--early-layers=-2")
+    assert "not between 0 and" in refusal(capsys, "import", v2, dst, "--early-layers=3")
+
+
+def test_a_null_in_a_config_says_nothing_and_nonsense_is_refused(capsys, tmp_path):
+    tensors = checkpoint("beit_finetune/checkpoint")
+    config, _ = run_of(
+        tmp_path, capsys, saved(tmp_path, tensors, config={"pretrained_cfg": {"crop_pct": None}})
+    )
+    assert config["data"]["eval_crop"] == 0.875
+    (tmp_path / "zero").mkdir()
+    cfg = {"pretrained_cfg": {"mean": [0.5] * 3, "std": [0, 0, 0]}}
+    folder = saved(tmp_path / "zero", tensors, config=cfg)
+    assert "config.model.std" in refusal(capsys, "import", folder, tmp_path / "run2")
+    assert not (tmp_path / "run2").exists()
+
+
+def test_a_missing_block_is_no_smaller_network(capsys, tmp_path):
+    tensors = checkpoint("beit_finetune/checkpoint")
+    gap = {name: tensor for name, tensor in tensors.items() if not name.startswith("blocks.1.")}
+    save_file(gap, tmp_path / "gap")
+    for flags in ((), ("--allow-partial",)):
+        said = refusal(capsys, "import", tmp_path / "gap", tmp_path / "run", *flags)
+        assert "lack blocks.1." in said
+
+
+def test_weights_of_one_channel_are_normalised_with_one_number(capsys, tmp_path):
+    grey = np.zeros((48, 1, 16, 16), np.float32)
+    config, _ = run_of(tmp_path, capsys, partial(tmp_path, **{"patch_embed.proj.weight": grey}))
+    assert config["model"]["mean"] == (0.5,)
+    images = np.zeros((1, 64, 64, 1), np.uint8)
+    assert features.load(str(tmp_path / "run"))(images).shape == (1, 48)
+
+
+def test_what_a_file_cannot_hold_is_said_on_the_way_out_and_assumed_aloud(
+    imported, capsys, tmp_path
+):
+    run, _, _ = imported("beitv2_pretrain", capsys)
+    assert convert.main(["export", str(run), str(tmp_path / "x.pth"), "--format=unilm"]) == 0
+    printed = capsys.readouterr().out
+    assert "the CLS branch starts after 2 blocks" in printed and "mean (0.485" in printed
+    _, printed, _ = imported("dino", capsys)
+    assert "CLS branch" not in printed
+
+
+def test_averaged_weights_beside_the_others_are_mentioned(capsys, tmp_path):
+    tensors = checkpoint("beit_finetune/checkpoint")
+    pytorch_writer.write(tmp_path / "ema.pth", tensors, key="model_ema")
+    _, printed = run_of(tmp_path, capsys, tmp_path / "ema.pth")
+    assert "not read" not in printed  # alone they are the weights
+
+
+def test_an_empty_expect_is_a_mistake(capsys, tmp_path):
+    said = refusal(capsys, "import", source("beit_finetune"), tmp_path / "run", "--expect=")
+    assert "holds no weight file" in said or "several weight files" in said
+
+
+def test_an_evaluation_leaves_no_tokenizer_behind(imported, capsys, tmp_path):
+    run, _, _ = imported("beit_pretrain", capsys)
+    tokens, _, _ = imported("vqkd", capsys)
+    config = ConfigDict(read_config(run))
+    config.update_from_flattened_dict(
+        {
+            "data.source": "digits",
+            "data.eval_split": "validation",
+            "data.workers": 0,
+            "tokenizer.path": str(tokens),
+            "mask.min_block": 1,
+        }
+    )
+    evaluated = Run(config, run, jax.devices()[:1])
+    assert set(evaluated.task.copies) == {"tokenizer"} and not (run / "frozen").exists()
+    config.data.image_size = (32, 32)
+    with pytest.raises(UserError, match="gives 4x4 tokens, but .* make 2x2 patches"):
+        Run(config, run, jax.devices()[:1])

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from beit_jax import checkpoint, metrics
+from beit_jax import checkpoint, frozen, metrics
 from beit_jax.errors import UserError
 from configs import dvae, mim_base
 
@@ -96,7 +96,9 @@ def test_evaluating_a_run_that_trains_elsewhere_disturbs_nothing(tokenizer, tmp_
 
 def test_another_tokenizer_is_refused_and_a_lost_one_not_needed(tokenizer, tmp_path):
     tree = tiny.config("mim", tokenizer__path=str(tokenizer))
-    tiny.run(tree, tmp_path / "run")  # keeps its copy
+    first = tiny.run(tree, tmp_path / "run")
+    assert not (tmp_path / "run" / "frozen").exists()  # an evaluation leaves the run as it is
+    frozen.keep(first.folder, first.task.copies)  # as training does
     other = tiny.random_tokenizer(tmp_path / "other", seed=1)
     tree.tokenizer.path = str(other)
     with pytest.raises(UserError, match="names another; give a new --workdir"):

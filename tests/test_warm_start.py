@@ -158,7 +158,6 @@ def test_pretraining_goes_on_from_either_task():
         ({"model__heads": 4}, "model.heads=4", "model.heads=2"),
         ({"model__patch_size": 4}, "model.patch_size=4", "model.patch_size=2"),
         ({"data__channels": 3}, "data.channels=3", "data.channels=1"),
-        ({"model__norm_epsilon": 1e-5}, "model.norm_epsilon=1e-05", "model.norm_epsilon=1e-06"),
     ],
 )  # fmt: skip
 def test_another_architecture_is_refused_by_its_keys(changes, there, here):
@@ -170,6 +169,13 @@ def test_another_architecture_is_refused_by_its_keys(changes, there, here):
     said = str(refused.value)
     assert f"runs/first holds an encoder of {there}, " in said and f"with {here};" in said
     assert f"set --config.{there} or" in said and said.count(". ") == 0
+
+
+def test_other_pixel_statistics_are_warned_of():
+    source = config("mim", "shared_relative", model__mean=(0.25,))
+    _, _, report = start(source, config())
+    (warning,) = (line for line in report if line.startswith("WARNING"))
+    assert "mean (0.25,)" in warning and "--config.model.mean" in warning
 
 
 @pytest.mark.parametrize(

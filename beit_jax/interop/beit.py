@@ -4,18 +4,20 @@ Both share one table; which parts are wanted follows from the model. `patch_embe
 and so on are the official names, `encoder/...` those of `models.beit`.
 """
 
+import re
+
 import numpy as np
 
 from beit_jax.architecture import patch_grid
 from beit_jax.errors import UserError
 from beit_jax.interop.family import (
-    HALF,
     IMAGENET,
     Description,
     Family,
     Hints,
     Shapes,
     count,
+    half,
     heads_of,
     square_grid,
     stated_size,
@@ -66,7 +68,11 @@ def encoder_config(shapes: Shapes, hints: Hints) -> dict:
     """What the encoder's arrays, under their official names, say of a run's config."""
     width, channels, patch, _ = shapes["patch_embed.proj.weight"]
     depth = count(shapes, "blocks.{}.attn.qkv.weight")
-    layer_scale = "blocks.0.gamma_1" in shapes
+    # Of any block, so that one that lacks it is a shortfall and not another architecture.
+    layer_scale, qv_bias = (
+        any(re.fullmatch(rf"blocks\.[0-9]+\.{name}", other) for other in shapes)
+        for name in ("gamma_1", r"attn\.q_bias")
+    )
     config = {
         "data.channels": channels,
         "model.patch_size": patch,
@@ -74,7 +80,7 @@ def encoder_config(shapes: Shapes, hints: Hints) -> dict:
         "model.depth": depth,
         "model.mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / width,
         "model.layer_scale": (0.1 if depth < 24 else 1e-5) if layer_scale else 0.0,
-        "model.qkv_bias": "qv" if "blocks.0.attn.q_bias" in shapes else "none",
+        "model.qkv_bias": "qv" if qv_bias else "none",
         "model.pooling": "mean" if "fc_norm.weight" in shapes else "cls",
     }
     return config | _positions(shapes, hints, width, patch)
@@ -89,7 +95,7 @@ def size_of(config: dict) -> str:
 def _describe(shapes: Shapes, hints: Hints) -> Description:
     config = encoder_config(shapes, hints)
     config |= _branch(shapes, hints, config["model.depth"])
-    preprocessing, notes = _preprocessing(shapes, hints, config["data.image_size"])
+    preprocessing, notes = _preprocessing(shapes, hints, config)
     task, head = next(
         ((task, head) for task, head in HEADS.items() if f"{head}.weight" in shapes),
         ("encoder", None),
@@ -168,23 +174,35 @@ def _branch(shapes: Shapes, hints: Hints, depth: int) -> dict:
 EARLY_LAYERS = {12: 9, 24: 21}  # beit2/run_beitv2_pretraining.py and its README
 
 
-def _preprocessing(shapes: Shapes, hints: Hints, size: tuple[int, int]) -> tuple[dict, tuple]:
+def _preprocessing(shapes: Shapes, hints: Hints, encoder: dict) -> tuple[dict, tuple]:
     """Pixel statistics and crop, from what lies beside the weights or from the released recipes."""
     timm = hints.about.get("pretrained_cfg", {})
-    share = timm.get("crop_pct", 0.875 if size[0] < 384 else 1.0)
-    config = {"data.eval_crop": share, "data.interpolation": "bicubic"}
+    usual = 0.875 if encoder["data.image_size"][0] < 384 else 1.0
+    config = {
+        "data.eval_crop": float(timm.get("crop_pct") or usual),
+        "data.interpolation": timm.get("interpolation") or "bicubic",
+    }
     if "mean" in timm and "std" in timm:
         return config | {"model.mean": tuple(timm["mean"]), "model.std": tuple(timm["std"])}, ()
+    channels = encoder["data.channels"]
     imagenet = hints.arguments.get("imagenet_default_mean_and_std")
     if imagenet is not None:
-        mean, std = IMAGENET if imagenet else HALF
+        mean, std = IMAGENET if imagenet else half(channels)
         return config | {"model.mean": mean, "model.std": std}, ()
-    imagenet = "cls_pt_layers.0.attn.qkv.weight" in shapes
-    mean, std = IMAGENET if imagenet else HALF
+    v2 = str(hints.about.get("architecture", "")).startswith("beitv2")
+    v2 = v2 or "cls_pt_layers.0.attn.qkv.weight" in shapes
+    mean, std = IMAGENET if v2 else half(channels)
+    whose = (
+        "BEiT v2's released weights have them"
+        if v2
+        else (
+            "BEiT's first released weights have them, which nothing tells from BEiT v2's and from "
+            f"recipes with ImageNet's {IMAGENET[0]} and {IMAGENET[1]}"
+        )
+    )
     note = (
-        f"mean {mean} and std {std} are assumed, as BEiT{' v2' * imagenet}'s released weights "
-        "have them; weights trained with others need model.mean and model.std changed in "
-        "config.json"
+        f"mean {mean} and std {std} are assumed, as {whose}; for others change model.mean and "
+        "model.std in config.json"
     )
     return config | {"model.mean": mean, "model.std": std}, (note,)
 

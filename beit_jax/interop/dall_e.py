@@ -4,7 +4,7 @@ OpenAI publishes two files, encoder.pkl and decoder.pkl. Read together, their na
 `encoder.` and `decoder.`; read alone, they have no such beginning.
 """
 
-from beit_jax.interop.family import Description, Family, Hints, Shapes, count
+from beit_jax.interop.family import Description, Family, Hints, Shapes, count, half
 from beit_jax.interop.table import CONV, Rule, Table, prefixed
 
 
@@ -59,24 +59,26 @@ def _decoder_sizes(shapes: Shapes, prefix: str) -> dict:
 
 def _family(*halves: str, named: bool) -> Family:
     """The family of files that hold these halves, named by their half or not."""
-    prefixes = {half: f"{half}." if named else "" for half in halves}
+    prefixes = {part: f"{part}." if named else "" for part in halves}
     sizes = {"encoder": _encoder_sizes, "decoder": _decoder_sizes}
     kernel = {"encoder": 7, "decoder": 1}  # of the first convolution
 
     def fits(shapes: Shapes) -> bool:
-        inputs = {half: shapes.get(prefix + _INPUT) for half, prefix in prefixes.items()}
-        return all(shape and shape[-1] == kernel[half] for half, shape in inputs.items())
+        inputs = {part: shapes.get(prefix + _INPUT) for part, prefix in prefixes.items()}
+        return all(shape and shape[-1] == kernel[part] for part, shape in inputs.items())
 
     def describe(shapes: Shapes, hints: Hints) -> Description:
         config = {}
-        for half, prefix in prefixes.items():
-            config |= sizes[half](shapes, prefix)
+        for part, prefix in prefixes.items():
+            config |= sizes[part](shapes, prefix)
+        mean, std = half(config["data.channels"])
+        config |= {"model.mean": mean, "model.std": std}  # of no use to it, but of right length
         label = f"DALL-E tokenizer, {' and '.join(halves)}"
         if len(halves) == 1:
             label += " alone"
         return Description(label, "dvae", 0, config, parts=halves)
 
-    rules = sum((prefixed(RULES, prefix, f"{half}/") for half, prefix in prefixes.items()), ())
+    rules = sum((prefixed(RULES, prefix, f"{part}/") for part, prefix in prefixes.items()), ())
     return Family("DALL-E tokenizer", fits, describe, lambda config: Table("DALL-E", rules))
 
 

@@ -100,7 +100,11 @@ def _images(config: Mapping, inputs: Arrays, name: str) -> jax.Array:
     data = config["data"]
     shape = (data["channels"], *data["image_size"])
     # The dVAE is convolutional and takes any size.
-    if images.ndim != 4 or (config["task"] != "dvae" and images.shape[1:] != shape):
+    if (
+        images.ndim != 4
+        or not len(images)
+        or (config["task"] != "dvae" and images.shape[1:] != shape)
+    ):
         raise UserError(
             f"{name} in the expected file has the shape {images.shape}, the network takes "
             f"{('B', *shape)}: make the file with images of that size"
@@ -182,6 +186,13 @@ def _dvae(config, outputs: int, variables, inputs: Arrays) -> dict[str, Any]:
             "that the outputs are for into it"
         )
     if "decoder" in variables["params"]:
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 3 or not (0 <= tokens).all() or not (tokens < module.vocabulary).all():
+            raise UserError(
+                f"tokens in the expected file have the shape {tokens.shape}, from "
+                f"{tokens.min(initial=0)} to {tokens.max(initial=0)}; the decoder takes [B, h, w] "
+                f"from 0 to {module.vocabulary - 1}"
+            )
         codes = jax.nn.one_hot(jnp.asarray(tokens), module.vocabulary)
         statistics = jax.jit(lambda v, x: module.apply(v, x, method="decode"))(variables, codes)
         means = jax.nn.sigmoid(statistics[..., : module.channels])

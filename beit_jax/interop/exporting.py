@@ -19,6 +19,7 @@ class Exported(NamedTuple):
     tensors: dict[str, np.ndarray]
     jsons: dict[str, dict]  # file name -> content of the files beside the weights
     left_out: dict[str, str]  # our modules -> why
+    unsaid: tuple[str, ...] = ()  # what a reader of the files must be told, one sentence each
 
 
 def export(config: Mapping, variables: Variables, style: str) -> Exported:
@@ -58,7 +59,8 @@ def _official(config: Mapping, variables: Variables) -> Exported:
         raise UserError(
             f"Microsoft's code has no network of task {task!r}; it has {', '.join(tables)}"
         )
-    return Exported(export_params(tables[task](config), _tree(variables)), {}, {})
+    tensors = export_params(tables[task](config), _tree(variables))
+    return Exported(tensors, {}, {}, _unsaid(config, "Microsoft's code"))
 
 
 def _timm(config: Mapping, variables: Variables) -> Exported:
@@ -71,7 +73,34 @@ def _timm(config: Mapping, variables: Variables) -> Exported:
     kept["encoder"] = {n: leaf for n, leaf in kept["encoder"].items() if n != "mask_token"}
     left_out["encoder/mask_token"] = why
     table = beit.official(patch_grid(config))._replace(buffers=())
-    return Exported(export_params(table, kept), {}, _present(left_out, variables))
+    tensors, left_out = export_params(table, kept), _present(left_out, variables)
+    return Exported(tensors, {}, left_out, _unsaid(config, "timm"))
+
+
+def _unsaid(config: Mapping, whose: str) -> tuple[str, ...]:
+    """What tensors do not tell and their reader must know; refuses what `whose` cannot do."""
+    task, model, data = config["task"], config["model"], config["data"]
+    if task == "dvae":
+        return ()
+    if model["activation"] != "gelu" or model["norm_pre"] or not model["patch_bias"]:
+        raise UserError(
+            f"{whose} has no BEiT with activation={model['activation']}, norm_pre="
+            f"{model['norm_pre']} and patch_bias={model['patch_bias']}: there is no such file"
+        )
+    said = [
+        f"pixels in [0, 1] are normalised with mean {model['mean']} and std {model['std']}, and "
+        f"resized with {data['interpolation']} interpolation, centre share {data['eval_crop']}"
+    ]
+    if "relative" not in model["positions"]:
+        said.append(f"{model['heads']} attention heads")
+    if model["norm_epsilon"] != 1e-6:
+        said.append(f"LayerNorms add {model['norm_epsilon']} to the variance, there it is 1e-06")
+    if task == "mim" and model["early_layers"]:
+        said.append(f"the CLS branch starts after {model['early_layers']} blocks")
+    if task == "segment":
+        taps, pools = config["segment"]["taps"], config["segment"]["pools"]
+        said.append(f"levels are read after {taps} blocks, and averaged over {pools} cells")
+    return tuple(said)
 
 
 STYLES = {"hf": _hugging_face, "unilm": _official, "timm": _timm}

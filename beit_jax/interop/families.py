@@ -65,21 +65,89 @@ def recognise(
         )
     arguments = archive.extras.get("args")
     hints = Hints(
-        about=archive.about,
-        preprocessing=archive.preprocessing,
-        arguments=arguments if isinstance(arguments, dict) else {},
+        about=_said(archive.about),
+        preprocessing=_said(archive.preprocessing),
+        arguments=_said(arguments) if isinstance(arguments, dict) else {},
         num_heads=num_heads,
         early_layers=early_layers,
     )
     try:
-        return family, family.describe(_Lookup(shapes, family.name), hints)
-    except (
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:  # names, shapes and values of the file
+        description = family.describe(_Lookup(shapes, family.name), hints)
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(
-            f"{archive.paths[0]} looks like {family.name}, but its tensors or the config beside "
-            f"them have no shapes of that family ({error}); take another checkpoint"
+            f"{archive.paths[0]} looks like {family.name}, but its tensors, or config.json and "
+            f"preprocessor_config.json beside it, hold what that family never has ({error}); take "
+            "another checkpoint or correct those files"
         ) from error
+    _check_heads(description.config, hints)
+    _check_branch(description.config, hints)
+    _check_stated(description.config, hints.about)
+    return family, description._replace(notes=(*description.notes, *_origins(description, hints)))
+
+
+def _said(values: dict) -> dict:
+    """What a file says; null says nothing."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_heads(config: dict, hints: Hints) -> None:
+    heads = config.get("model.heads")
+    if hints.num_heads is not None and hints.num_heads != heads:
+        found = f"{heads} heads" if heads else "no heads"
+        raise UserError(
+            f"--num-heads={hints.num_heads}, but the weights have {found}: leave it out"
+        )
+
+
+def _check_branch(config: dict, hints: Hints) -> None:
+    early, depth = config.get("model.early_layers"), config.get("model.depth")
+    if hints.early_layers is not None and early is None:
+        raise UserError(
+            f"--early-layers={hints.early_layers}, but the weights have no CLS branch: leave it out"
+        )
+    if early is not None and not 0 < early < depth:
+        raise UserError(
+            f"--early-layers={early} is not between 0 and the weights' {depth} blocks: give the "
+            "number of blocks below the CLS branch"
+        )
+
+
+# What Hugging Face's config.json calls what tensors tell.
+_STATED = {
+    "hidden_size": "model.width",
+    "num_hidden_layers": "model.depth",
+    "num_attention_heads": "model.heads",
+    "patch_size": "model.patch_size",
+    "num_channels": "data.channels",
+}
+
+
+def _check_stated(config: dict, about: dict) -> None:
+    """Refuses a config.json that describes other weights."""
+    about = about.get("vision_config", about)  # of a whole CLIP
+    known = {name: about[name] for name in _STATED if name in about and _STATED[name] in config}
+    pairs = [(name, value, config[_STATED[name]]) for name, value in known.items()]
+    size = about.get("image_size")
+    if size is not None and "model.patch_size" in config:
+        stated = (size, size) if isinstance(size, int) else tuple(size)
+        pairs.append(("image_size", stated, tuple(config["data.image_size"])))
+    for name, stated, found in pairs:
+        if stated != found:
+            raise UserError(
+                f"config.json beside the weights says {name}={stated}, but the weights have "
+                f"{found}: put them beside their own config.json, or alone"
+            )
+
+
+def _origins(description: Description, hints: Hints) -> list[str]:
+    """Where that comes from which no tensor shows, one sentence each."""
+    config, notes = description.config, []
+    if config.get("model.positions") == "absolute" and hints.num_heads is None:
+        about = hints.about.get("vision_config", hints.about)
+        said = "as config.json says" if "num_attention_heads" in about else "as published"
+        notes.append(f"{config['model.heads']} attention heads, {said}")
+    if "model.early_layers" in config and hints.early_layers is None:
+        stated = "early_layers" in hints.arguments
+        said = "as its training's arguments say" if stated else "as published"
+        notes.append(f"a CLS branch after {config['model.early_layers']} blocks, {said}")
+    return notes

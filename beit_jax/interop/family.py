@@ -5,7 +5,9 @@ where BEiT v2's branch starts) comes from the published sizes, from a config bes
 from the caller, and is never found by trying.
 """
 
+import itertools
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -94,8 +96,23 @@ def stated_size(hints: Hints) -> tuple[int, int] | None:
 
 
 def count(shapes: Shapes, template: str, first: int = 0) -> int:
-    """How many of the names that `template` gives for `first`, `first` + 1, ... there are."""
-    number = first
-    while template.format(number) in shapes:
-        number += 1
-    return number - first
+    """How many of the names that `template` gives for `first`, `first` + 1, ... there are.
+
+    Raises:
+      UserError: where one is missing between others.
+    """
+    before, after = template.split("{}")
+    pattern = re.compile(re.escape(before) + "([0-9]{1,6})" + re.escape(after))
+    numbers = {int(match[1]) for name in shapes if (match := pattern.fullmatch(name))}
+    missing = next(number for number in itertools.count(first) if number not in numbers)
+    if numbers and missing < max(numbers):
+        raise UserError(
+            f"the weights lack {template.format(missing)}, though they have "
+            f"{template.format(max(numbers))}: take the whole checkpoint"
+        )
+    return missing - first
+
+
+def half(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation that map pixels to [-1, 1]: a number each where colours are not three."""
+    return HALF if channels == 3 else ((0.5,), (0.5,))

@@ -24,8 +24,10 @@ from beit_jax.interop.stand_ins import Damaged, Record, Refused
 from beit_jax.interop.tensors import LazyTensor, is_module, label, lazy, module_tensors, plain
 
 # The dictionaries that training scripts put around a state dict, the first present one counts:
-# BEiT and DeiT, DeepSpeed, Lightning and timm, the custom dVAE of BEiT, DINO.
-WRAPPERS = ("model", "module", "state_dict", "weights", "teacher")
+# BEiT and DeiT, DeepSpeed, Lightning and timm, the custom dVAE of BEiT, DINO, averaged weights.
+WRAPPERS = (
+    "model", "module", "state_dict", "weights", "teacher", "model_ema", "state_dict_ema"
+)  # fmt: skip
 NOT_WEIGHTS = ("tensors.safetensors", "meta.json")  # inputs and outputs beside a checkpoint
 # Tensors may share memory, but all of them together are at most so many times their file: else a
 # few bytes could stand for a tensor that fits no machine.
@@ -256,7 +258,8 @@ def _unwrap(root: Any) -> tuple[dict | Record, dict]:
 
 
 def _stripped(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Without the `module.` that DistributedDataParallel puts before every name."""
-    if all(name.startswith("module.") for name in tensors):
-        return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    """Without what DistributedDataParallel, torch.compile and Lightning put before every name."""
+    for prefix in ("module.", "_orig_mod.", "model."):
+        if all(name.startswith(prefix) for name in tensors):
+            return _stripped({n.removeprefix(prefix): tensor for n, tensor in tensors.items()})
     return tensors

@@ -8,7 +8,7 @@ from typing import Any
 
 from beit_jax.data.geometry import INTERPOLATIONS
 from beit_jax.errors import UserError
-from beit_jax.interop.family import HALF, Hints
+from beit_jax.interop.family import Hints, half
 
 _INTERPOLATION = {int(method): name for name, method in INTERPOLATIONS.items()}  # Pillow's numbers
 _RESAMPLE = {name: number for number, name in _INTERPOLATION.items()}
@@ -56,7 +56,8 @@ def read(hints: Hints, encoder: Mapping[str, Any]) -> tuple[dict[str, Any], tupl
             f"positions are read row by row for images of {height}x{width} pixels, where "
             "transformers itself resizes them as if rows and columns were the other way round"
         )
-    pixels, more = _read_preprocessing(hints.preprocessing, (height, width))
+    channels = encoder["data.channels"]
+    pixels, more = _read_preprocessing(hints.preprocessing, (height, width), channels)
     return config | pixels, (*notes, *more)
 
 
@@ -79,9 +80,12 @@ def read_taps(hints: Hints, depth: int) -> tuple[tuple[int, ...], tuple[str, ...
     return taps, (note,)
 
 
-def _read_preprocessing(about: Mapping, size: tuple[int, int]) -> tuple[dict, list[str]]:
+def _read_preprocessing(
+    about: Mapping, size: tuple[int, int], channels: int
+) -> tuple[dict, list[str]]:
     """How pixels become the network's input: dotted keys, and what was assumed."""
-    mean, std = about.get("image_mean", HALF[0]), about.get("image_std", HALF[1])
+    usual = half(channels)
+    mean, std = about.get("image_mean", usual[0]), about.get("image_std", usual[1])
     if not about.get("do_normalize", True):
         mean, std = 0.0, 1.0
     factor = about.get("rescale_factor", 1 / 255) if about.get("do_rescale", True) else 1.0
@@ -103,7 +107,7 @@ def _read_preprocessing(about: Mapping, size: tuple[int, int]) -> tuple[dict, li
         share, notes = _read_crop(about, size)
         return config | {"data.eval_crop": share}, notes
     return config, [
-        f"mean {HALF[0]}, std {HALF[1]} and bicubic resizing of the whole image are assumed, "
+        f"mean {usual[0]}, std {usual[1]} and bicubic resizing of the whole image are assumed, "
         "BeitImageProcessor's defaults, since no preprocessor_config.json lies beside the weights"
     ]
 
@@ -165,7 +169,8 @@ def inexpressible(config: Mapping) -> dict[str, str]:
     }
     if refused := [what for what, is_so in refusals.items() if is_so]:
         raise UserError(
-            f"Hugging Face's BEiT has no {' and no '.join(refused)}: export with --format=unilm"
+            f"Hugging Face's BEiT classes cannot express {' and '.join(refused)}: there is no such "
+            "folder; --format=unilm knows more"
         )
     if task != "mim" or not model["early_layers"]:
         return {}

@@ -15,9 +15,10 @@ from beit_jax.interop.families import recognise
 from beit_jax.interop.family import Description
 from beit_jax.interop.files import Archive
 from beit_jax.interop.table import Match, listed, match_params
+from beit_jax.interop.tensors import NOT_READ
 
-# Networks of which every part is needed; of the others only the encoder is.
-WHOLE = ("dvae", "vqkd", "teacher")
+# Layers that give a network's outputs: alone they may be missing, and start afresh.
+HEADS = ("head", "lm_head", "cls_lm_head", "decode_classes", "auxiliary_classes")
 
 
 class Imported(NamedTuple):
@@ -59,7 +60,7 @@ def import_archive(
     target = wanted["params"] if alone else wanted
     match = match_params(family.table(config), archive.tensors, target)
     if not allow_partial:
-        _refuse_shortfall(match, config.task, archive)
+        _refuse_shortfall(match, archive)
     tree = unflatten_dict(match.found | _fresh(module, inputs, match.missing, alone), sep="/")
     variables = {"params": tree} if alone else tree
     report = _report(archive, family.name, description, config, match, target)
@@ -79,8 +80,8 @@ def _fill(config: ConfigDict, description: Description) -> None:
         ) from error
 
 
-def _refuse_shortfall(match: Match, task: str, archive: Archive) -> None:
-    needed = [name for name in match.missing if task in WHOLE or "encoder" in name.split("/")[:2]]
+def _refuse_shortfall(match: Match, archive: Archive) -> None:
+    needed = [name for name in match.missing if name.split("/")[-2] not in HEADS]
     for names, what, remedy in (
         (needed, "lacks", "or --allow-partial to initialise them"),
         (match.unexpected, "holds, without a place in that network,", "or --allow-partial"),
@@ -131,6 +132,9 @@ def _report(
         for kind, number in match.widths.items()
     ]
     lines += [("assumed", note) for note in description.notes]
+    beside = [name for name, value in archive.extras.items() if str(value).endswith(NOT_READ)]
+    if beside:
+        lines.append(("not read", f"tensors beside the weights, in {listed(beside)}"))
     bad = [name for name, array in match.found.items() if not np.isfinite(array).all()]
     if bad:
         lines.append(("WARNING", f"not finite (NaN or infinite) values in {listed(bad)}"))
@@ -149,8 +153,9 @@ def _size(config: ConfigDict) -> str:
             f"{dvae.blocks_per_group} blocks"
         )
     model, (height, width) = config.model, config.data.image_size
+    branch = f", CLS branch after {model.early_layers}" if model.early_layers else ""
     return (
-        f"width {model.width}, {model.depth} blocks, {model.heads} heads, patches of "
+        f"width {model.width}, {model.depth} blocks{branch}, {model.heads} heads, patches of "
         f"{model.patch_size}, images of {height}x{width}, {model.positions} positions"
     )
 

@@ -14,6 +14,7 @@ import numpy as np
 from beit_jax.interop import stand_ins
 from beit_jax.interop.stand_ins import Array, Damaged, Name, Record, Refused, key, would_call
 
+NOT_READ = ", not read"  # ends what `plain` says of tensors
 MOST_WALKED = 10_000_000  # entries and letters of names on all paths; ViT-L has 50,000
 
 _NUMPY = {
@@ -246,7 +247,7 @@ def plain(values: dict) -> dict[str, Any]:
     told = {}
     for name, value in values.items():
         count = _count(value, work)
-        many = f"{count} tensor{'s' * (count > 1)}, not read"
+        many = f"{count} tensor{'s' * (count > 1)}{NOT_READ}"
         told[str(label(name))] = many if count else _plain(value, work, 0)
     return told
 

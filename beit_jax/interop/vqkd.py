@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from beit_jax.interop.family import HALF, Description, Family, Hints, Shapes, count
+from beit_jax.interop.family import Description, Family, Hints, Shapes, count, half
 from beit_jax.interop.table import Buffer, Dropped, Rule, Table, dense, norm, prefixed, within
 from beit_jax.interop.vit import VIT, plain_config
 
@@ -54,6 +54,7 @@ def _describe(shapes: Shapes, hints: Hints) -> Description:
     codes, code_width = shapes[_CODES]
     depth = count(shapes, "decoder.blocks.{}.attn.qkv.weight")
     teacher_width = shapes["decode_task_layer.2.weight"][0]
+    mean, std = half(shapes["encoder.patch_embed.proj.weight"][1])
     config = plain_config(
         shapes,
         hints,
@@ -63,8 +64,8 @@ def _describe(shapes: Shapes, hints: Hints) -> Description:
     ) | {
         "data.eval_crop": 0.875,
         "model.qkv_bias": "qv" if "encoder.blocks.0.attn.q_bias" in shapes else "none",
-        "model.mean": HALF[0],
-        "model.std": HALF[1],
+        "model.mean": mean,
+        "model.std": std,
         "vqkd.codes": codes,
         "vqkd.code_width": code_width,
         "vqkd.decoder_depth": depth,

@@ -164,7 +164,7 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
         min_block=config.mask.min_block,
         aspect=config.mask.aspect,
     )
-    tokenizer = _tokenizer(config, run)
+    tokenizer, copies = _tokenizer(config, grid, run)
     model = make_masked_image_model(config, tokenizer.vocabulary)
     parts = Pretraining(model, tokenizer, grid, num_masked, config)
     evaluators = {}
@@ -183,6 +183,7 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
         eval_fn=parts.eval_fn,
         finalize=finalize,
         frozen=tokenizer.variables,
+        copies=copies,
         predict=parts.predict,
         evaluators=evaluators,
     )
@@ -195,7 +196,7 @@ def finalize(sums) -> dict[str, jax.Array]:
     return mean_of_sums(sums | {"guess_accuracy": (histogram.max(), count)})
 
 
-def _tokenizer(config, run: Path) -> Tokenizer:
+def _tokenizer(config, grid: tuple[int, int], run: Path):
     def make(weights: checkpoint.Weights, named: str) -> Tokenizer:
         channels = weights.config["data"]["channels"]
         if channels != config.data.channels:
@@ -204,7 +205,17 @@ def _tokenizer(config, run: Path) -> Tokenizer:
                 f"config.data.channels={config.data.channels}; train a tokenizer for these "
                 "channels."
             )
-        return from_weights(weights, named)
+        tokenizer = from_weights(weights, named)
+        if tokenizer.grid not in (None, grid):
+            raise UserError(
+                f"The tokenizer at {weights.source} gives {_by(tokenizer.grid)} tokens, but "
+                f"config.data.image_size and config.model.patch_size make {_by(grid)} patches; "
+                "change them or take a tokenizer for that grid."
+            )
+        return tokenizer
+
+    def _by(grid: tuple[int, int]) -> str:
+        return f"{grid[0]}x{grid[1]}"
 
     advice = (
         "pre-training needs a tokenizer; train one with `python -m beit_jax.main "

@@ -166,7 +166,7 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
     """Builds the tokenizer's task on a frozen teacher; labels are not needed."""
     del class_names
     _check(config)
-    found = _teacher(config, run)
+    found, copies = _teacher(config, run)
     views = {"image": View(tuple(config.data.image_size), config.data.interpolation)}
     if found.view != views["image"]:
         views["teacher_image"] = found.view
@@ -178,6 +178,7 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
         eval_fn=parts.eval_fn,
         finalize=finalize,
         frozen=found.variables,
+        copies=copies,
         predict=parts.predict,
         update_state=parts.update_state,
         warm_start=parts.warm_start if config.vqkd.kmeans else None,
@@ -203,7 +204,7 @@ def finalize(sums) -> dict[str, jax.Array]:
     }
 
 
-def _teacher(config, run: Path) -> Teacher:
+def _teacher(config, run: Path):
     def make(weights: checkpoint.Weights, named: str) -> Teacher:
         found = teacher.from_weights(weights, named, config.model.dtype)
         _check_teacher(config, found, f"The teacher at {weights.source}")
