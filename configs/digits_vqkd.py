@@ -5,6 +5,10 @@ Command:
 Then BEiT on its tokens:
     python -m beit_jax.main --config=configs/digits_mim.py --workdir=runs/digits_mim_v2 \
         --config.tokenizer.path=runs/digits_vqkd
+
+Cost: 2 minutes on two CPU cores.
+Expected (seed 0, validation split): all 64 codes in use, perplexity 53, `imitation` 0.072. Without
+restarts a third of them (--config.vqkd.restart_dead=False), and an alarm after 60 updates.
 """
 
 from configs import digits

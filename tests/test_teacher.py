@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from beit_jax import checkpoint, tasks, teacher
+from beit_jax import checkpoint, frozen, tasks, teacher
 from beit_jax.architecture import make_encoder, make_tower
 from beit_jax.errors import UserError
 
@@ -102,3 +102,17 @@ def test_a_teacher_of_another_size_has_a_view_of_its_own(tmp_path):
 
     (total, weight), _ = jax.eval_shape(loss, jax.random.key(0))
     assert total.shape == weight.shape == ()
+
+
+def test_the_run_keeps_a_copy_and_refuses_another(tmp_path):
+    first, other = (random_teacher(tmp_path / name, seed=i) for i, name in enumerate("ab"))
+    config = tiny.config("vqkd", teacher__path=str(first))
+    built = tasks.build(config, (), tmp_path / "run")
+    frozen.keep(tmp_path / "run", built.copies)
+    config.teacher.path = str(other)
+    with pytest.raises(UserError, match="holds the teacher of .*names another"):
+        tasks.build(config, (), tmp_path / "run")
+    config.teacher.path = ""
+    again = tasks.build(config, (), tmp_path / "run")
+    assert not again.copies
+    jax.tree.map(np.testing.assert_array_equal, built.frozen, again.frozen)

@@ -236,7 +236,15 @@ def test_kmeans_starts_alike_on_any_number_of_devices(run_on_one, teacher, tmp_p
     assert "10 iterations over 768 vectors of 3 batches of 16 images" in origin
     assert again == origin
     np.testing.assert_allclose((one**2).sum(-1), 1, atol=1e-5)
-    assert len(np.unique(one, axis=0)) == 32
+
+
+def test_starts_are_drawn_without_replacement(teacher, tmp_path, monkeypatch):
+    """As many codes as vectors: each vector starts one."""
+    monkeypatch.setattr(quantizer, "kmeans", lambda vectors, starts, _: (starts, starts[:, 0]))
+    tree = recipe(teacher, vqkd__codes=256, vqkd__kmeans_vectors=1)
+    found, said = started(make_run(tree, tmp_path, jax.devices()[ONE]))
+    assert "over 256 vectors of 1 batches" in said
+    assert len(np.unique(found, axis=0)) == 256
 
 
 def test_kmeans_is_that_of_the_encoders_vectors(run_on_one, tmp_path):
