@@ -11,7 +11,7 @@ Without the branch:
         --config.model.early_layers=0
 
 Cost: 106,143,056 trained parameters, 1,000,912 updates of 2,048 images. Not run by us.
-Expected (reported by the authors, after fine-tuning): 85.5 % ImageNet top-1, 85.0 % after 300 epochs.
+Expected (reported by the authors, after fine-tuning): 85.5 % ImageNet top-1; 85.0 % of 300 epochs.
 """
 
 from configs import common
