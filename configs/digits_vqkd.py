@@ -7,8 +7,8 @@ Then BEiT on its tokens:
         --config.tokenizer.path=runs/digits_vqkd
 
 Cost: 2 minutes on two CPU cores.
-Expected (seed 0, validation split): all 64 codes in use, perplexity 53, `imitation` 0.072. Without
-restarts a third of them (--config.vqkd.restart_dead=False), and an alarm after 60 updates.
+Expected (seed 0, validation split): all 64 codes in use, perplexity 53, `imitation` 0.072; without
+restarts (--config.vqkd.restart_dead=False) an alarm, then 72 % of them, perplexity 39 and 0.076.
 """
 
 from configs import digits
@@ -22,7 +22,7 @@ def get_config():
     config.vqkd.code_width = 16
     config.vqkd.decoder_depth = 1
     config.vqkd.teacher_width = 64
-    # So fast a training outruns its codebook: without restarts two thirds of the codes stay dead.
+    # So fast a training outruns its codebook: in 60 updates five sixths of the codes fall silent.
     config.vqkd.dead_after = 50
     config.vqkd.restart_dead = True
     config.train.steps = 1000
