@@ -73,16 +73,17 @@ def recognise(
     )
     try:
         description = family.describe(_Lookup(shapes, family.name), hints)
+        _check_heads(description.config, hints)
+        _check_branch(description.config, hints)
+        _check_stated(description.config, hints.about)
+        notes = (*description.notes, *_origins(description, hints))
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f"{archive.paths[0]} looks like {family.name}, but its tensors, or config.json and "
             f"preprocessor_config.json beside it, hold what that family never has ({error}); take "
             "another checkpoint or correct those files"
         ) from error
-    _check_heads(description.config, hints)
-    _check_branch(description.config, hints)
-    _check_stated(description.config, hints.about)
-    return family, description._replace(notes=(*description.notes, *_origins(description, hints)))
+    return family, description._replace(notes=notes)
 
 
 def _said(values: dict) -> dict:
@@ -90,8 +91,8 @@ def _said(values: dict) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _check_heads(config: dict, hints: Hints) -> None:
-    heads = config.get("model.heads")
+def _check_heads(told: dict, hints: Hints) -> None:
+    heads = told.get("model.heads")
     if hints.num_heads is not None and hints.num_heads != heads:
         found = f"{heads} heads" if heads else "no heads"
         raise UserError(
@@ -99,8 +100,8 @@ def _check_heads(config: dict, hints: Hints) -> None:
         )
 
 
-def _check_branch(config: dict, hints: Hints) -> None:
-    early, depth = config.get("model.early_layers"), config.get("model.depth")
+def _check_branch(told: dict, hints: Hints) -> None:
+    early, depth = told.get("model.early_layers"), told.get("model.depth")
     if hints.early_layers is not None and early is None:
         raise UserError(
             f"--early-layers={hints.early_layers}, but the weights have no CLS branch: leave it out"
@@ -122,15 +123,15 @@ _STATED = {
 }
 
 
-def _check_stated(config: dict, about: dict) -> None:
+def _check_stated(told: dict, about: dict) -> None:
     """Refuses a config.json that describes other weights."""
     about = about.get("vision_config", about)  # of a whole CLIP
-    known = {name: about[name] for name in _STATED if name in about and _STATED[name] in config}
-    pairs = [(name, value, config[_STATED[name]]) for name, value in known.items()]
+    known = {name: about[name] for name in _STATED if name in about and _STATED[name] in told}
+    pairs = [(name, value, told[_STATED[name]]) for name, value in known.items()]
     size = about.get("image_size")
-    if size is not None and "model.patch_size" in config:
+    if size is not None and "model.patch_size" in told:
         stated = (size, size) if isinstance(size, int) else tuple(size)
-        pairs.append(("image_size", stated, tuple(config["data.image_size"])))
+        pairs.append(("image_size", stated, tuple(told["data.image_size"])))
     for name, stated, found in pairs:
         if stated != found:
             raise UserError(
@@ -141,13 +142,13 @@ def _check_stated(config: dict, about: dict) -> None:
 
 def _origins(description: Description, hints: Hints) -> list[str]:
     """Where that comes from which no tensor shows, one sentence each."""
-    config, notes = description.config, []
-    if config.get("model.positions") == "absolute" and hints.num_heads is None:
+    told, notes = description.config, []
+    if told.get("model.positions") == "absolute" and hints.num_heads is None:
         about = hints.about.get("vision_config", hints.about)
         said = "as config.json says" if "num_attention_heads" in about else "as published"
-        notes.append(f"{config['model.heads']} attention heads, {said}")
-    if "model.early_layers" in config and hints.early_layers is None:
+        notes.append(f"{told['model.heads']} attention heads, {said}")
+    if "model.early_layers" in told and hints.early_layers is None:
         stated = "early_layers" in hints.arguments
         said = "as its training's arguments say" if stated else "as published"
-        notes.append(f"a CLS branch after {config['model.early_layers']} blocks, {said}")
+        notes.append(f"a CLS branch after {told['model.early_layers']} blocks, {said}")
     return notes
