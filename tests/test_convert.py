@@ -180,8 +180,8 @@ def test_imported_tokenizers_and_encoders_are_those_of_a_run(tokenizer, imported
         taken["encoder"]["block_2"]["attn"]["qkv"]["kernel"],
         first["encoder"]["block_2"]["attn"]["qkv"]["kernel"],
     )
-    batch = next(run.split_batches("test"))
-    keys = jax.random.split(jax.random.key(0), 64)
+    batch = {name: rows[:4] for name, rows in next(run.split_batches("test")).items()}
+    keys = jax.random.split(jax.random.key(0), 4)
     sums = run.task.eval_fn(state.params, {}, run.task.frozen, batch, keys)
     codes, _ = sums["guess_accuracy"]
     assert codes.shape == ({"dall_e": 512, "vqkd": 64}[tokenizer],) and codes.sum() > 0
