@@ -225,6 +225,8 @@ def _every_key():
 
 
 def _read_expected(path: str) -> dict[str, np.ndarray]:
+    if not path:  # a shell variable that is not set, which would name the folder we are in
+        raise UserError("--expect is empty: name a file of inputs and outputs, or leave it out")
     return {name: np.asarray(tensor) for name, tensor in files.read(path).tensors.items()}
 
 

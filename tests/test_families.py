@@ -87,6 +87,9 @@ def test_what_timm_says_beside_the_weights_is_believed():
     found = BEIT.describe(shapes, NONE._replace(about=about))
     assert found.config["model.mean"] == (0.1,) * 3 and found.config["data.eval_crop"] == 0.9
     assert not found.notes
+    about["pretrained_cfg"]["interpolation"] = "random"
+    with pytest.raises(UserError, match="interpolation=random"):
+        BEIT.describe(shapes, NONE._replace(about=about))
 
 
 def both():

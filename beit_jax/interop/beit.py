@@ -9,6 +9,7 @@ import re
 import numpy as np
 
 from beit_jax.architecture import patch_grid
+from beit_jax.data.geometry import INTERPOLATIONS
 from beit_jax.errors import UserError
 from beit_jax.interop.family import (
     IMAGENET,
@@ -178,9 +179,15 @@ def _preprocessing(shapes: Shapes, hints: Hints, encoder: dict) -> tuple[dict, t
     """Pixel statistics and crop, from what lies beside the weights or from the released recipes."""
     timm = hints.about.get("pretrained_cfg", {})
     usual = 0.875 if encoder["data.image_size"][0] < 384 else 1.0
+    interpolation = timm.get("interpolation") or "bicubic"
+    if interpolation not in INTERPOLATIONS:
+        raise UserError(
+            f"config.json beside the weights says interpolation={interpolation}, but images are "
+            f"resized only with {', '.join(INTERPOLATIONS)}: change it there"
+        )
     config = {
         "data.eval_crop": float(timm.get("crop_pct") or usual),
-        "data.interpolation": timm.get("interpolation") or "bicubic",
+        "data.interpolation": interpolation,
     }
     if "mean" in timm and "std" in timm:
         return config | {"model.mean": tuple(timm["mean"]), "model.std": tuple(timm["std"])}, ()

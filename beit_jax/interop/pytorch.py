@@ -21,7 +21,8 @@ storage keys, and then for each key an int64 (the number of elements) and the by
 A whole module that was pickled is a record with the dictionaries `_parameters`, `_buffers` and
 `_modules`; a TorchScript module is one whose attributes are tensors and further modules.
 
-Tensors are views of the memory map: nothing is read before someone asks for the numbers.
+Tensors are views of the memory map here: nothing is read before someone asks for the numbers, and
+`files` then hands out a copy, so that the map leaves nothing in memory.
 """
 
 import io
