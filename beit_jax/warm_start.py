@@ -6,6 +6,7 @@ Follows beit/run_class_finetuning.py, lines 315-436, on NumPy arrays on the host
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from beit_jax import resize
@@ -65,11 +66,12 @@ def warm_start(params: PyTree, weights: Weights, config: Mapping) -> tuple[PyTre
     if resized:
         report.append(f"resized from {_by(source)} to {_by(target)} patches: {_listed(resized)}")
     for key in ("mean", "std"):
-        here, there = config["model"][key], weights.config["model"][key]
-        if tuple(here) != tuple(there):
+        here, there = tuple(config["model"][key]), tuple(weights.config["model"][key])
+        channels = config["data"]["channels"]  # one number serves them all
+        if not np.array_equal(*(np.broadcast_to(x, channels) for x in (here, there))):
             report.append(
-                f"WARNING: it saw pixels normalised with {key} {tuple(there)}, here they are with "
-                f"{tuple(here)}; --config.model.{key} changes that"
+                f"WARNING: it saw pixels normalised with {key} {there}, here they are with {here}; "
+                f"--config.model.{key} changes that"
             )
     return unflatten_dict(taken, sep="/"), "\n  ".join(report)
 

@@ -176,6 +176,10 @@ def test_other_pixel_statistics_are_warned_of():
     _, _, report = start(source, config())
     (warning,) = (line for line in report if line.startswith("WARNING"))
     assert "mean (0.25,)" in warning and "--config.model.mean" in warning
+    colours = dict(data__channels=3, model__mean=(0.5,), model__std=(0.5,))
+    written_out = config(**colours | dict(model__mean=(0.5,) * 3))
+    _, _, report = start(config("mim", "shared_relative", **colours), written_out)
+    assert not any(line.startswith("WARNING") for line in report)
 
 
 @pytest.mark.parametrize(
