@@ -43,7 +43,7 @@ class Run:
         if config.data.labels_per_class:
             self.source = sources.few_labels(self.source, config.data.labels_per_class, config.seed)
         self.steps = train.total_steps(config, len(self.source))
-        task = tasks.build(config, self.source.class_names, folder)
+        task = tasks.build(config, self.source, folder)
         task, self.optimizer = with_optimizer(task, config, self.steps, len(self.source))
         placed = sharding.state_sharding(task.frozen, self.mesh)
         self.task = task._replace(frozen=jax.device_put(task.frozen, placed))

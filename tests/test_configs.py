@@ -15,7 +15,7 @@ from beit_jax.run import with_optimizer
 CONFIGS = sorted(
     path.stem for path in Path("configs").glob("*.py") if path.stem not in ("common", "digits")
 )
-CLASSES = tuple("0123456789")
+SOURCE = tiny.Images(1_097, tuple("0123456789"))
 
 
 def load(name: str):
@@ -51,7 +51,7 @@ def build(config, tokenizers, folder, teachers=None):
     config.tokenizer.path = str(tokenizers[config.data.channels])
     if config.task == "vqkd":
         config.teacher.path = str(teachers[config.vqkd.teacher_width])
-    return tasks.build(config, CLASSES, folder)
+    return tasks.build(config, SOURCE, folder)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -76,7 +76,7 @@ def test_what_cannot_teach_is_refused_in_one_sentence(teacher_changes, changes, 
     folder = random_teacher(tmp_path / "teacher", **teacher_changes)
     config = tiny.config("vqkd", **{"teacher__path": str(folder), **changes})
     with pytest.raises(UserError, match=said):
-        tasks.build(config, (), tmp_path / "run")
+        tasks.build(config, tiny.Images(64), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -84,13 +84,15 @@ def test_a_tokenizer_of_pixels_is_no_teacher(tmp_path):
     folder = tiny.random_network(tmp_path / "dvae", tiny.config("dvae"), 0)
     config = tiny.config("vqkd", teacher__path=str(folder))
     with pytest.raises(UserError, match="is of task 'dvae' and holds no encoder"):
-        tasks.build(config, (), tmp_path / "run")
+        tasks.build(config, tiny.Images(64), tmp_path / "run")
 
 
 def test_a_teacher_of_another_size_has_a_view_of_its_own(tmp_path):
     """The same 4x4 patches, of 4 pixels each: the crop is seen twice, by each as it needs."""
     folder = random_teacher(tmp_path / "t", data__image_size=(16, 16), model__patch_size=4)
-    task = tasks.build(tiny.config("vqkd", teacher__path=str(folder)), (), tmp_path / "run")
+    task = tasks.build(
+        tiny.config("vqkd", teacher__path=str(folder)), tiny.Images(64), tmp_path / "run"
+    )
     assert {name: view.size for name, view in task.views.items()} == {
         "image": (8, 8), "teacher_image": (16, 16)
     }  # fmt: skip
@@ -107,12 +109,12 @@ def test_a_teacher_of_another_size_has_a_view_of_its_own(tmp_path):
 def test_the_run_keeps_a_copy_and_refuses_another(tmp_path):
     first, other = (random_teacher(tmp_path / name, seed=i) for i, name in enumerate("ab"))
     config = tiny.config("vqkd", teacher__path=str(first))
-    built = tasks.build(config, (), tmp_path / "run")
+    built = tasks.build(config, tiny.Images(64), tmp_path / "run")
     frozen.keep(tmp_path / "run", built.copies)
     config.teacher.path = str(other)
     with pytest.raises(UserError, match="holds the teacher of .*names another"):
-        tasks.build(config, (), tmp_path / "run")
+        tasks.build(config, tiny.Images(64), tmp_path / "run")
     config.teacher.path = ""
-    again = tasks.build(config, (), tmp_path / "run")
+    again = tasks.build(config, tiny.Images(64), tmp_path / "run")
     assert not again.copies
     jax.tree.map(np.testing.assert_array_equal, built.frozen, again.frozen)

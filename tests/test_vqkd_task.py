@@ -80,7 +80,7 @@ def test_the_loss_is_the_official_one_and_the_codebook_follows():
     target = golden["teacher_target"]
     known = Teacher(target, 24, (4, 4), 3, None, lambda variables, images: variables)
     config = tiny.config("vqkd", vqkd__codes=64, data__color_jitter=0.0, vqkd__decay=0.99)
-    task = vqkd.Distillation(MODEL, known, {"image": None}, config)
+    task = vqkd.Distillation(MODEL, known, {"image": None}, config, 7.0)
     params, book = variables["params"], variables["codebook"]
     state = {"codebook": book, HISTORY: {"age": jnp.full(64, 7, jnp.int32)}}
     batch = {"image": nhwc(golden["image01"])}
@@ -100,6 +100,7 @@ def test_the_loss_is_the_official_one_and_the_codebook_follows():
     counts = np.bincount(golden["tokens"].ravel(), minlength=64)
     assert float(values["usage"]) == (counts > 0).mean()
     assert float(values["recent_usage"]) == 1.0 and float(values["dead_codes"]) == 0
+    assert float(values["epoch_usage"]) == 0.0  # 7 updates of age, an epoch of 7
     np.testing.assert_array_equal(after[HISTORY]["age"], np.where(counts, 0, 8))
     chosen = quantizer.quantize(golden["z"], book["vectors"])
     statistics = quantizer.statistics(chosen.normalized, golden["tokens"], 64)

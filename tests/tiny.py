@@ -19,6 +19,16 @@ RECIPES = {
 }
 
 
+class Images:
+    """As much of a `Source` as building a task takes."""
+
+    def __init__(self, number: int, class_names: tuple[str, ...] = ()):
+        self.number, self.class_names = number, class_names
+
+    def __len__(self) -> int:
+        return self.number
+
+
 def config(task: str, **changes):
     """The quick start's config of `task` with tiny networks; `changes` use __ for dots."""
     tree = RECIPES[task].get_config()

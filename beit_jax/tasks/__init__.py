@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from beit_jax.data.record import Source
 from beit_jax.errors import UserError
 from beit_jax.task import Task
 from beit_jax.tasks import classify, dvae, mim, vqkd
@@ -15,16 +16,16 @@ BUILDERS: dict[str, Callable[..., Task]] = {
 }
 
 
-def build(config, class_names: tuple[str, ...], run: Path) -> Task:
+def build(config, source: Source, run: Path) -> Task:
     """Builds the task that `config.task` names.
 
     Args:
       config: the resolved config.
-      class_names: of the training data; empty where it has no labels.
+      source: the training data; its `class_names` are empty where it has no labels.
       run: the run's folder, which holds or receives frozen networks.
     """
     if config.task not in BUILDERS:
         raise UserError(
             f"config.task={config.task!r} is unknown; choose one of {', '.join(sorted(BUILDERS))}."
         )
-    return BUILDERS[config.task](config, class_names, run)
+    return BUILDERS[config.task](config, source, run)

@@ -9,13 +9,15 @@ from beit_jax import losses
 from beit_jax.architecture import images_of, make_classifier
 from beit_jax.augment import color_jitter, normalize, to_unit
 from beit_jax.data.pipeline import View
+from beit_jax.data.record import Source
 from beit_jax.errors import UserError
 from beit_jax.task import Purpose, Task, Weights, example_weights, keys_for, mean_of_sums
 
 
-def build(config, class_names: tuple[str, ...], run: Path) -> Task:
+def build(config, source: Source, run: Path) -> Task:
     """Builds classification over the training data's classes."""
     del run
+    class_names = source.class_names
     if not class_names:
         raise UserError(
             f"config.data.source={config.data.source} has no labels; classification needs them: "

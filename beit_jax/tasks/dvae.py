@@ -19,6 +19,7 @@ from beit_jax import losses
 from beit_jax.architecture import images_of, make_dvae
 from beit_jax.augment import color_jitter, to_unit
 from beit_jax.data.pipeline import View
+from beit_jax.data.record import Source
 from beit_jax.errors import UserError
 from beit_jax.models.dvae import DVAE, map_pixels, unmap_pixels
 from beit_jax.pictures import picture_rows
@@ -89,9 +90,9 @@ class Training(NamedTuple):
         }
 
 
-def build(config, class_names: tuple[str, ...], run: Path) -> Task:
+def build(config, source: Source, run: Path) -> Task:
     """Builds the tokenizer's task; neither labels nor frozen networks are needed."""
-    del class_names, run
+    del source, run
     _check(config)
     parts = Training(
         make_dvae(config),

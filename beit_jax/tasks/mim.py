@@ -16,6 +16,7 @@ from beit_jax import checkpoint, features, losses, masking
 from beit_jax.architecture import images_of, make_masked_image_model
 from beit_jax.augment import color_jitter, normalize, to_unit
 from beit_jax.data.pipeline import View
+from beit_jax.data.record import Source
 from beit_jax.errors import UserError
 from beit_jax.frozen import frozen_network
 from beit_jax.models.beit import MaskedImageModel
@@ -154,7 +155,7 @@ class Pretraining(NamedTuple):
         return sums
 
 
-def build(config, class_names: tuple[str, ...], run: Path) -> Task:
+def build(config, source: Source, run: Path) -> Task:
     """Builds masked image modelling on a frozen tokenizer's codes."""
     grid = patch_grid(config)
     num_masked = masking.num_masked_patches(
@@ -171,7 +172,7 @@ def build(config, class_names: tuple[str, ...], run: Path) -> Task:
     if tokenizer.pictures is not None:
         evaluators["reconstruction"] = _picture_evaluator(parts.predict, config)
     if config.eval.knn or config.eval.probe:
-        evaluators["features"] = features.make_evaluator(config, class_names)
+        evaluators["features"] = features.make_evaluator(config, source.class_names)
     token_size = (grid[0] * tokenizer.factor, grid[1] * tokenizer.factor)
     return Task(
         views={

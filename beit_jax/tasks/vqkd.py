@@ -21,6 +21,7 @@ from beit_jax.architecture import images_of, make_vqkd, patch_grid
 from beit_jax.augment import color_jitter, to_unit
 from beit_jax.checkpoint import HISTORY
 from beit_jax.data.pipeline import View
+from beit_jax.data.record import Source
 from beit_jax.errors import UserError
 from beit_jax.frozen import frozen_network
 from beit_jax.models import quantizer
@@ -37,6 +38,7 @@ class Distillation(NamedTuple):
     teacher: Teacher
     views: Mapping[str, View]  # "image", and "teacher_image" where the teacher's differs
     config: ConfigDict
+    updates_per_epoch: float
 
     def init(self, key):
         variables = self.model.init(key, jnp.zeros(images_of(self.config).shape))
@@ -51,8 +53,9 @@ class Distillation(NamedTuple):
         found = self.imitate(params, model_state, views)
         sums = self.sums(found, frozen, views, example_weights(batch))
         vqkd, (tokens, normalized, *_) = self.config.vqkd, found.quantized
-        recent = model_state[HISTORY]["age"] <= vqkd.dead_after
-        sums["recent_usage"] = (recent.mean(), jnp.ones(()))
+        age = model_state[HISTORY]["age"]
+        sums["recent_usage"] = ((age <= vqkd.dead_after).mean(), jnp.ones(()))
+        sums["epoch_usage"] = ((age < self.updates_per_epoch).mean(), jnp.ones(()))
         statistics = {"codes": quantizer.statistics(normalized, tokens, vqkd.codes)}
         if vqkd.restart_dead:
             vectors = normalized.reshape(len(keys), -1, vqkd.code_width)
@@ -162,15 +165,15 @@ class Distillation(NamedTuple):
         }
 
 
-def build(config, class_names: tuple[str, ...], run: Path) -> Task:
+def build(config, source: Source, run: Path) -> Task:
     """Builds the tokenizer's task on a frozen teacher; labels are not needed."""
-    del class_names
     _check(config)
     found, copies = _teacher(config, run)
     views = {"image": View(tuple(config.data.image_size), config.data.interpolation)}
     if found.view != views["image"]:
         views["teacher_image"] = found.view
-    parts = Distillation(make_vqkd(config), found, views, config)
+    updates_per_epoch = len(source) / config.train.batch_size
+    parts = Distillation(make_vqkd(config), found, views, config, updates_per_epoch)
     return Task(
         views=views,
         init=parts.init,
@@ -191,7 +194,8 @@ def finalize(sums) -> dict[str, jax.Array]:
     """Means, and how the codes are used: by one batch in training, by the split in evaluation.
 
     `dead_codes` are those that no image of the split chose, in training those that no batch chose
-    in the last `config.vqkd.dead_after` updates; `recent_usage` is the share of the others.
+    in the last `config.vqkd.dead_after` updates; `recent_usage` is the share of the others, and
+    `epoch_usage` of those that a batch chose in as many updates as an epoch has.
     """
     sums = dict(sums)
     counts, _ = sums.pop("codes")
