@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from beit_jax.models.beit import Classifier, MaskedImageModel
-from beit_jax.models.dvae import DVAE
+from beit_jax.models.dvae import DVAE, Decoder
 from beit_jax.models.layers import FINETUNE_INIT, MIM_INIT, Init
 from beit_jax.models.teachers import Tower
 from beit_jax.models.upernet import Segmenter
@@ -88,6 +88,20 @@ def make_dvae(config: Mapping) -> DVAE:
         blocks_per_group=dvae["blocks_per_group"],
         decoder_input=dvae["decoder_input"],
         channels=config["data"]["channels"],
+        dtype=jnp.dtype(dvae["dtype"]),
+    )
+
+
+def make_pixel_decoder(config: Mapping, vocabulary: int) -> Decoder:
+    """A decoder of pixels like that of `config.dvae`; `init` takes one-hot tokens."""
+    dvae = config["dvae"]
+    return Decoder(
+        vocabulary=vocabulary,
+        width=dvae["width"],
+        groups=dvae["groups"],
+        blocks_per_group=dvae["blocks_per_group"],
+        channels=config["data"]["channels"],
+        decoder_input=dvae["decoder_input"],
         dtype=jnp.dtype(dvae["dtype"]),
     )
 

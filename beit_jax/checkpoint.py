@@ -147,6 +147,7 @@ class Weights(NamedTuple):
     source: str  # the checkpoint's path
     digest: str  # SHA-256 of both
     kind: str = "weights"  # or "averaged weights"
+    parts: dict = {}  # by kind, the frozen networks without which these weights mean nothing
 
     @property
     def variables(self) -> dict:

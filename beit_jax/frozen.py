@@ -1,7 +1,8 @@
 """Networks that a run reads and never trains: its own copies of them.
 
 A copy is the folder `frozen/<kind>/` of a run, with weights, hash, source and the config of the run
-that made them, so that a run resumes and evaluates by itself.
+that made them, so that a run resumes and evaluates by itself. A copy of a network that needs
+another holds a copy of that one in turn, in the same place.
 """
 
 import json
@@ -15,6 +16,9 @@ import orbax.checkpoint as ocp
 from beit_jax import checkpoint
 from beit_jax.checkpoint import Weights
 from beit_jax.errors import UserError
+
+# Tasks whose weights mean something only with a network that the run read, and its kind.
+PARTS = {"pixel_decoder": "tokenizer"}
 
 
 def frozen_network(
@@ -42,7 +46,7 @@ def frozen_network(
     if weights is None:
         if not path:
             raise UserError(f"{named} is empty: {advice}")
-        weights = checkpoint.load_weights(path, named)
+        weights = read(path, named)
         return make(weights, named), {kind: weights}
     if path and Path(path).exists() and Path(path).resolve() not in Path(weights.source).parents:
         raise UserError(
@@ -50,6 +54,12 @@ def frozen_network(
             "a new --workdir, or the old path."
         )
     return make(weights, named), {}
+
+
+def read(path: str, named: str) -> Weights:
+    """A run's weights, with the frozen networks that they need; see `checkpoint.load_weights`."""
+    weights = checkpoint.load_weights(path, named)
+    return _with_parts(weights, Path(weights.source).parents[1])
 
 
 def keep(run: Path, copies: Mapping[str, Weights]) -> None:
@@ -62,6 +72,7 @@ def save(folder: Path, weights: Weights) -> None:
     """Writes a copy of a frozen network."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / "variables").resolve(), weights.variables, force=True)
+    keep(folder, weights.parts)
     if jax.process_index() == 0:  # written last: its presence says that the copy is whole
         (folder / "source.json").write_text(
             json.dumps(
@@ -80,4 +91,16 @@ def load(folder: Path) -> Weights | None:
     if checkpoint.digest(variables) != about["sha256"]:
         raise UserError(f"{folder} is damaged: its weights do not match the hash in source.json.")
     params = variables.pop("params")
-    return Weights(params, variables, about["config"], about["source"], about["sha256"])
+    found = Weights(params, variables, about["config"], about["source"], about["sha256"])
+    return _with_parts(found, folder)
+
+
+def _with_parts(weights: Weights, folder: Path) -> Weights:
+    """Weights with the frozen networks that they need, whose copies lie in `folder`."""
+    if weights.config["task"] not in PARTS:
+        return weights
+    kind = PARTS[weights.config["task"]]
+    part = load(folder / "frozen" / kind)
+    if part is None:
+        raise UserError(f"{folder} lacks frozen/{kind}; copy the whole folder of the run again.")
+    return weights._replace(parts={kind: part})

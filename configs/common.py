@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """Returns the locked tree of all keys."""
     config = ConfigDict()
-    config.task = "mim"  # dvae | vqkd | mim | classify
+    config.task = "mim"  # dvae | vqkd | pixel_decoder | mim | classify
     config.seed = 0
 
     config.data = data = ConfigDict()
@@ -85,11 +85,14 @@ def get_config() -> ConfigDict:
     teacher.path = ""  # run folder of an imported CLIP or DINO, or of any encoder
 
     config.tokenizer = tokenizer = ConfigDict()
-    tokenizer.path = ""  # run folder of a dVAE or a VQ-KD
-    tokenizer.interpolation = "lanczos"  # of the view that the tokenizer sees
+    tokenizer.path = ""  # run folder of a dVAE, a VQ-KD or a pixel decoder on one
 
     config.init = init = ConfigDict()
     init.path = ""  # a run folder whose encoder is the starting point
+
+    config.mim = mim = ConfigDict()  # the papers' comparisons
+    mim.target = "tokens"  # tokens (of config.tokenizer) | pixels (squared error of a patch's)
+    mim.predict = "masked"  # masked | all: the patches whose prediction training counts
 
     config.mask = mask = ConfigDict()
     mask.kind = "blockwise"  # blockwise | random

@@ -11,7 +11,6 @@ def get_config():
     config = digits.get_config()
     config.task = "mim"
     config.tokenizer.path = "runs/digits_dvae"
-    config.tokenizer.interpolation = "bicubic"
     config.mask.share = 0.6
     config.mask.min_block = 2
     config.train.epochs = 100.0

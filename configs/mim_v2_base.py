@@ -22,7 +22,6 @@ def get_config():
     config.task = "mim"
     config.data.crop_scale = (0.2, 1.0)
     config.tokenizer.path = "runs/vqkd"
-    config.tokenizer.interpolation = "bicubic"
     config.model.layer_scale = 0.1
     config.model.drop_path = 0.1
     config.model.early_layers = 9

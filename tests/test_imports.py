@@ -19,7 +19,8 @@ FLOORS = [
     {"augment", "command_line", "limits", "losses", "masking", "metrics", "models", "resize"},
     {"architecture", "data", "optimizer", "pictures", "progress", "sharding"},
     {"checkpoint", "interop", "task"},
-    {"evaluate", "features", "frozen", "stored_config", "teacher", "tokenizer", "warm_start"},
+    {"frozen"},
+    {"evaluate", "features", "stored_config", "teacher", "tokenizer", "warm_start"},
     {"tasks", "train"},  # neither knows the other
     {"portable", "run"},
     {"benchmark", "convert", "main", "prepare", "report"},

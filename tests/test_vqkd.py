@@ -217,7 +217,7 @@ def test_imported_weights_are_a_tokenizer_of_pixels_in_unit_range(golden):
     config = config_of({name: tensor.shape for name, tensor in tensors.items()}, num_heads=3)
     target = variables_of(make_vqkd(config), images_of(config))
     state = import_params(FAMILY.table(config), tensors, target)
-    frozen = from_weights(Weights(state.pop("params"), state, config, "", ""), "here")
+    frozen = from_weights(Weights(state.pop("params"), state, config, "", ""), "here", "float32")
     assert (frozen.vocabulary, frozen.factor, frozen.pictures) == (64, 16, None)
     tokens = jax.jit(frozen.tokens)(frozen.variables, nhwc(golden["image01"]))
     np.testing.assert_array_equal(tokens.reshape(2, 16), golden["tokens"])

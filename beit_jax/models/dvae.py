@@ -26,6 +26,12 @@ def unmap_pixels(mapped: jax.Array) -> jax.Array:
     return jnp.clip((mapped - MARGIN) / (1 - 2 * MARGIN), 0, 1)
 
 
+def mean_pixels(statistics: jax.Array) -> jax.Array:
+    """The picture [..., ch] in [0, 1] of a decoder's statistics [..., 2 * ch]: their locations."""
+    locations, _ = jnp.split(statistics, 2, axis=-1)
+    return unmap_pixels(nn.sigmoid(locations))
+
+
 # SAME zero padding; kernels N(0, 1 / fan_in), biases 0.
 Conv = partial(nn.Conv, kernel_init=initializers.variance_scaling(1.0, "fan_in", "normal"))
 

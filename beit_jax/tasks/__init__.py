@@ -6,11 +6,12 @@ from pathlib import Path
 from beit_jax.data.record import Source
 from beit_jax.errors import UserError
 from beit_jax.task import Task
-from beit_jax.tasks import classify, dvae, mim, vqkd
+from beit_jax.tasks import classify, dvae, mim, pixel_decoder, vqkd
 
 BUILDERS: dict[str, Callable[..., Task]] = {
     "dvae": dvae.build,
     "vqkd": vqkd.build,
+    "pixel_decoder": pixel_decoder.build,
     "mim": mim.build,
     "classify": classify.build,
 }

@@ -1,11 +1,13 @@
-"""How well a codebook is used, in numbers and as a picture."""
+"""How well a codebook is used and what its codes stand for, in numbers and as pictures."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from PIL import Image
 
-from beit_jax.pictures import lay_out
+from beit_jax.augment import to_unit
+from beit_jax.pictures import lay_out, picture_rows
 
 
 def health(counts: jax.Array) -> dict[str, jax.Array]:
@@ -51,3 +53,28 @@ def gallery(images: np.ndarray, tokens: np.ndarray, codes: int = 8, count: int =
             )
         )
     return lay_out(*rows)
+
+
+def gallery_evaluator(predict, split: str):
+    """The `gallery` of the first batch of a split; `predict` gives tokens."""
+    tokens_of = jax.jit(predict)
+
+    def evaluator(weights, batches):
+        batch = next(batches(split))
+        found = (to_unit(batch["image"]), tokens_of(weights, batch), batch["valid"])
+        host = multihost_utils.process_allgather(found, tiled=True)
+        images, tokens, valid = (np.asarray(array) for array in host)
+        return {}, {"codes": gallery(images[valid], tokens[valid])}
+
+    return evaluator
+
+
+def reconstruction_evaluator(predict, split: str):
+    """Images above what became of them by way of their tokens; `predict` gives tokens, pictures."""
+    draw = jax.jit(lambda weights, batch: predict(weights, batch)[1])
+
+    def evaluator(weights, batches):
+        batch = next(batches(split))
+        return {}, {"reconstruction": picture_rows(to_unit(batch["image"]), draw(weights, batch))}
+
+    return evaluator

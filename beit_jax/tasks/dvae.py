@@ -21,8 +21,7 @@ from beit_jax.augment import color_jitter, to_unit
 from beit_jax.data.pipeline import View
 from beit_jax.data.record import Source
 from beit_jax.errors import UserError
-from beit_jax.models.dvae import DVAE, map_pixels, unmap_pixels
-from beit_jax.pictures import picture_rows
+from beit_jax.models.dvae import DVAE, map_pixels, mean_pixels, unmap_pixels
 from beit_jax.task import Purpose, Task, Weights, example_weights, keys_for, mean_of_sums
 from beit_jax.tasks import codebook
 from beit_jax.tokenizer import decode_tokens
@@ -66,7 +65,7 @@ class Training(NamedTuple):
         pixels = map_pixels(to_unit(batch["image"]))
         logits = self.model.apply({"params": weights.params}, pixels, method="encode")
         tokens = logits.argmax(-1)
-        return tokens, decode_tokens(self.model, weights.params, tokens)
+        return tokens, mean_pixels(decode_tokens(self.model, weights.params, tokens))
 
     def sums(self, params, pixels, logits, codes, beta, weight):
         """Sums over images of the bound's parts; `codes` [B, h, w, K] are what is decoded."""
@@ -75,8 +74,7 @@ class Training(NamedTuple):
         reconstruction = losses.logit_laplace(stats, pixels).mean((1, 2, 3))
         kl = losses.kl_to_uniform(logits).sum((1, 2)) / pixels[0].size
         chosen = jax.nn.one_hot(logits.argmax(-1), self.model.vocabulary).sum((1, 2))
-        means = unmap_pixels(jax.nn.sigmoid(stats[..., : self.model.channels]))
-        error = jnp.square(means - unmap_pixels(pixels)).mean((1, 2, 3))
+        error = jnp.square(mean_pixels(stats) - unmap_pixels(pixels)).mean((1, 2, 3))
 
         def total(x):
             return (x * weight).sum(), weight.sum()
@@ -100,7 +98,6 @@ def build(config, source: Source, run: Path) -> Task:
         cosine_ramp(0.0, config.dvae.kl_weight, config.dvae.kl_steps),
         config,
     )
-    picture = _picture_evaluator(parts.predict, config.data.eval_split)
     return Task(
         views={"image": View(tuple(config.data.image_size), config.data.interpolation)},
         init=parts.init,
@@ -110,7 +107,11 @@ def build(config, source: Source, run: Path) -> Task:
         frozen={},
         predict=parts.predict,
         schedules={"temperature": parts.temperature, "kl_weight": parts.kl_weight},
-        evaluators={"reconstruction": picture},
+        evaluators={
+            "reconstruction": codebook.reconstruction_evaluator(
+                parts.predict, config.data.eval_split
+            )
+        },
     )
 
 
@@ -129,17 +130,6 @@ def cosine_ramp(start: float, end: float, steps: int):
         return end + 0.5 * (start - end) * (1 + jnp.cos(jnp.pi * share))
 
     return value
-
-
-def _picture_evaluator(predict, split: str):
-    """Originals above their reconstructions from hard tokens."""
-    draw = jax.jit(lambda weights, batch: predict(weights, batch)[1])
-
-    def evaluator(weights, batches):
-        batch = next(batches(split))
-        return {}, {"reconstruction": picture_rows(to_unit(batch["image"]), draw(weights, batch))}
-
-    return evaluator
 
 
 def _check(config) -> None:

@@ -13,7 +13,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from beit_jax import checkpoint, teacher
@@ -186,7 +185,7 @@ def build(config, source: Source, run: Path) -> Task:
         update_state=parts.update_state,
         warm_start=parts.warm_start if config.vqkd.kmeans else None,
         alarms=parts.alarms,
-        evaluators={"codes": _gallery_evaluator(parts.predict, config.data.eval_split)},
+        evaluators={"codes": codebook.gallery_evaluator(parts.predict, config.data.eval_split)},
     )
 
 
@@ -255,17 +254,3 @@ def _check(config) -> None:
             "config.model.mean and config.model.std must be (0.5,) each: the tokenizer's pixels "
             "lie in [-1, 1]; set them so."
         )
-
-
-def _gallery_evaluator(predict, split: str):
-    """Patches of the commonest codes in the first batch of the split."""
-    tokens_of = jax.jit(predict)
-
-    def evaluator(weights, batches):
-        batch = next(batches(split))
-        found = (to_unit(batch["image"]), tokens_of(weights, batch), batch["valid"])
-        host = multihost_utils.process_allgather(found, tiled=True)
-        images, tokens, valid = (np.asarray(array) for array in host)
-        return {}, {"codes": codebook.gallery(images[valid], tokens[valid])}
-
-    return evaluator
