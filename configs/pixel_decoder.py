@@ -8,8 +8,8 @@ Its run's folder is a tokenizer with the same tokens, and pictures besides:
 Tokens of 8x8 pixels (a dVAE's encoder alone) take four groups and images of 112x112:
     --config.dvae.groups=4 '--config.data.image_size=(112, 112)'
 
-Cost: 3,797,174 trained parameters, 50,000 updates of 256 images, 5.1 GFLOP forward an image beside the
-tokenizer's.
+Cost: 3,797,174 trained parameters, 50,000 updates of 256 images; 5.1 GFLOP an image forward, beside
+the tokenizer's.
 Expected: not run by us at full length.
 """
 

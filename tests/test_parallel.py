@@ -4,10 +4,6 @@ Ten updates of masked image modelling at a constant rate of 1e-3 without warm-up
 enough from the start that a wrong gradient shows.
 """
 
-import socket
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
@@ -100,24 +96,7 @@ def test_without_gradient_reduction_it_would_show(tokenizer, tmp_path, one_devic
 
 def test_two_processes_of_four_devices(tokenizer, tmp_path, one_device):
     tree = recipe(tokenizer, train__checkpoint_every=1, train__keep=STEPS)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    script = tmp_path / "process.py"
-    script.write_text(tiny.PROCESS)
-    tiny.store_config(tmp_path / "run", tree)
-    started = [
-        subprocess.Popen(
-            [sys.executable, script, f"localhost:{port}", str(i), tmp_path / "run"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=400)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
-
+    tiny.two_processes(tree, tmp_path / "run")
     gradients, losses, params = one_device
     lines = [line for line in metrics.read(tmp_path / "run") if line["split"] == "train"]
     assert distance(losses, [line["loss"] for line in lines]) < TOLERANCE

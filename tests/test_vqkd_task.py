@@ -220,6 +220,25 @@ def test_imported_weights_are_evaluated_though_they_have_no_history(run_on_one, 
     assert list((tmp_path / "pictures").glob("codes_*.png"))
 
 
+def test_two_processes_train_the_same_codes(teacher, tmp_path):
+    """K-means over both processes' rows, and the moving average of both."""
+    tree = recipe(teacher, train__steps=4)
+    tiny.two_processes(tree, tmp_path / "two")
+    with jax.default_matmul_precision("highest"):
+        tiny.run(tree, tmp_path / "one", jax.devices()[ONE]).execute("train")
+    one, two = (
+        [line["loss"] for line in metrics.read(tmp_path / name) if line["split"] == "train"]
+        for name in ("one", "two")
+    )
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    one, two = (
+        checkpoint.read_tree(tmp_path / name / "checkpoints" / "4" / "model_state")
+        for name in ("one", "two")
+    )
+    np.testing.assert_array_equal(two[HISTORY]["age"], one[HISTORY]["age"])
+    np.testing.assert_allclose(two["codebook"]["vectors"], one["codebook"]["vectors"], atol=1e-5)
+
+
 # The codebook's start
 
 

@@ -1,5 +1,8 @@
 """Runs small enough for tests, on the digits: one of every task that trains."""
 
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -9,11 +12,18 @@ import pytest
 from beit_jax import checkpoint, train
 from beit_jax.architecture import make_network, variables_of
 from beit_jax.run import Run, store_config
-from configs import digits_classify, digits_dvae, digits_mim, digits_vqkd
+from configs import (
+    digits_classify,
+    digits_dvae,
+    digits_mim,
+    digits_pixel_decoder,
+    digits_vqkd,
+)
 
 RECIPES = {
     "dvae": digits_dvae,
     "mim": digits_mim,
+    "pixel_decoder": digits_pixel_decoder,
     "classify": digits_classify,
     "vqkd": digits_vqkd,
 }
@@ -129,6 +139,27 @@ def first_moment(opt_state):
         found = [first_moment(part) for part in parts]
         return next((moment for moment in found if moment is not None), None)
     return None
+
+
+def two_processes(tree, folder: Path) -> None:
+    """Trains in two processes of four CPU devices each, joined over loopback."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    store_config(folder, tree)
+    script = folder / "process.py"
+    script.write_text(PROCESS)
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, f"localhost:{port}", str(i), folder],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=400)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
 
 
 # A process of a distributed run, with four CPU devices: coordinator, process number, run folder.

@@ -139,7 +139,8 @@ class Pixels(NamedTuple):
         (height, width), size = self.grid, self.patch
         x = labels.reshape(-1, height, width, size, size, self.channels).swapaxes(2, 3)
         x = x.reshape(-1, height * size, width * size, self.channels)
-        return jnp.clip(x * jnp.asarray(self.std) + jnp.asarray(self.mean), 0, 1)
+        mean, std = (jnp.asarray(value).reshape(1, 1, 1, -1) for value in (self.mean, self.std))
+        return jnp.clip(x * std + mean, 0, 1)
 
     def finalize(self, sums: Sums) -> dict[str, jax.Array]:
         return mean_of_sums(sums)
