@@ -31,6 +31,10 @@ RESULTS = {
         ("usage", "codes used", "{:.0%}"),
         ("perplexity", "perplexity", "{:.1f}"),
     ),
+    "pixel_decoder": (
+        ("loss", "reconstruction (nats/value)", "{:.3f}"),
+        ("squared_error", "squared error", "{:.4f}"),
+    ),
     "mim": (
         ("loss", "loss", "{:.3f}"),
         ("accuracy", "masked-token accuracy", "{:.1%}"),
@@ -40,6 +44,20 @@ RESULTS = {
     "classify": (("accuracy", "accuracy", "{:.1%}"), ("loss", "loss", "{:.3f}")),
 }
 
+# What the rows of a picture are, by its name and the run's task.
+ROWS = {
+    ("reconstruction", "dvae"): "held-out images, and what became of them by way of their tokens",
+    ("reconstruction", "pixel_decoder"): "held-out images, and their tokens decoded",
+    (
+        "reconstruction",
+        "mim",
+    ): "held-out images, masked, decoded from their own tokens, and decoded "
+    "with the masked tokens predicted",
+    ("codes", "vqkd"): "the commonest codes: where in images each stands (white: most often), and "
+    "patches that get it, amid their neighbours",
+}
+ROWS["codes", "pixel_decoder"] = ROWS["codes", "vqkd"]
+
 
 class Run(NamedTuple):
     """What a run's folder says."""
@@ -47,7 +65,7 @@ class Run(NamedTuple):
     name: str
     config: dict
     lines: list[dict]
-    picture: Path | None
+    pictures: dict[str, Path]  # the newest of each name
 
     def last(self, split: str | None = None) -> dict:
         """The last evaluation, of `split` where given; empty if there is none."""
@@ -78,12 +96,8 @@ def read_run(folder: str) -> Run:
     if not (path / "config.json").is_file() or not (path / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is no run: config.json or metrics.jsonl is missing in it.")
     pictures = sorted((path / "pictures").glob("*.png"), key=lambda p: p.stat().st_mtime)
-    return Run(
-        path.name,
-        checkpoint.read_config(path),
-        metrics.read(path),
-        pictures[-1] if pictures else None,
-    )
+    newest = {picture.stem.rpartition("_")[0]: picture for picture in pictures}
+    return Run(path.name, checkpoint.read_config(path), metrics.read(path), newest)
 
 
 def make_tables(runs: list[Run]) -> list[Table]:
@@ -115,28 +129,37 @@ def stages(runs: list[Run]) -> Table:
 
 
 def features(runs: list[Run]) -> Table:
-    """What frozen features are worth, beside raw pixels."""
-    rows = []
+    """What frozen features are worth, beside raw pixels; mean over runs of one name."""
+    found: dict[str, list[dict]] = {}
     for run in runs:
         scores = run.last()
-        if "knn" not in scores and "probe" not in scores:
-            continue
-        who = "pre-trained" if run.updates else "random weights"
-        rows.append((f"encoder, {who} ({run.name})", *(_feature(scores, n) for n in NAMES)))
-        pixels = ("raw pixels", *(_percent(scores.get(f"pixel_{n}")) for n in NAMES))
-        if pixels not in rows and any(f"pixel_{n}" in scores for n in NAMES):
-            rows.append(pixels)
+        if any(name in scores for name in NAMES):
+            who = "pre-trained" if run.updates else "random weights"
+            found.setdefault(f"encoder, {who} ({run.name})", []).append(scores)
+    rows = [(who, *(_feature(scores, name) for name in NAMES)) for who, scores in found.items()]
+    pixels = {
+        name: {s[f"pixel_{name}"] for scores in found.values() for s in scores if _has(s, name)}
+        for name in NAMES
+    }
+    if any(pixels.values()):
+        rows.append(("raw pixels", *(_spread(sorted(values)) for values in pixels.values())))
     return Table("Frozen features, accuracy", ("features", "k-NN", "linear probe"), rows)
 
 
 NAMES = ("knn", "probe")
 
 
-def _feature(scores: dict, name: str) -> str:
-    if scores.get(name) is None:
-        return "-"
+def _has(scores: dict, name: str) -> bool:
+    return scores.get(f"pixel_{name}") is not None
+
+
+def _feature(runs: list[dict], name: str) -> str:
+    values = [scores[name] for scores in runs if scores.get(name) is not None]
+    if len(values) != 1:
+        return _spread(values)
+    (scores,) = (scores for scores in runs if scores.get(name) is not None)
     pooling = "CLS" if scores[f"{name}_from_cls"] else "mean"
-    return f"{_percent(scores[name])} (block {scores[f'{name}_block'] + 1:.0f}, {pooling})"
+    return f"{_percent(values[0])} (block {scores[f'{name}_block'] + 1:.0f}, {pooling})"
 
 
 def few_labels(runs: list[Run]) -> Table:
@@ -193,14 +216,11 @@ def page(runs: list[Run], tables: list[Table]) -> str:
         parts.append(f"<table>{_row(table.header, 'th')}{rows}</table>")
     for run in runs:
         parts.append(f"<h2>{html.escape(run.name)}</h2>")
-        if run.picture:
-            data = base64.b64encode(run.picture.read_bytes()).decode()
-            rows = {
-                "dvae": "Rows: held-out images, and their reconstruction from tokens.",
-                "mim": "Rows: held-out images, masked, decoded from their own tokens, and decoded "
-                "with the masked tokens predicted.",
-            }.get(run.config["task"], "")
-            parts.append(f"<p>{rows}</p><img alt='{rows}' src='data:image/png;base64,{data}'>")
+        for name, picture in run.pictures.items():
+            data = base64.b64encode(picture.read_bytes()).decode()
+            rows = ROWS.get((name, run.config["task"]))
+            about = f"Rows: {rows}." if rows else name
+            parts.append(f"<p>{about}</p><img alt='{about}' src='data:image/png;base64,{data}'>")
         config = html.escape(json.dumps(run.config, indent=2))
         parts.append(f"<details><summary>config</summary><pre>{config}</pre></details>")
     return "\n".join(parts)

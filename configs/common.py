@@ -6,7 +6,23 @@ of masked patches and the tokenizer's view are worked out after all overrides, b
 needs them. The defaults are those shared by the published BEiT recipes; a recipe says the rest.
 """
 
+from collections.abc import Mapping
+
 from ml_collections import ConfigDict
+
+
+def with_preset(config: ConfigDict, presets: Mapping[str, Mapping], name: str) -> ConfigDict:
+    """Applies the one of a recipe's presets that `--config=FILE.py:NAME` asks for.
+
+    Args:
+      config: the recipe without it.
+      presets: name -> {"section.key": value}.
+      name: what follows the colon.
+    """
+    if name not in presets:
+        raise LookupError(f"there is no preset {name!r}; choose one of {', '.join(presets)}")
+    config.update_from_flattened_dict(presets[name])
+    return config
 
 
 def get_config() -> ConfigDict:

@@ -10,13 +10,21 @@ Cost: 94,655,008 trained parameters (108,829,216 with the deeper decoder), 250,2
 images, each of which the teacher's 86 million see too. Not run by us at full length.
 Expected (reported by the authors, on the validation split): `usage` 100 %, 97 % with the deeper
 decoder. A falling `recent_usage` or `perplexity` is a collapsing codebook: the run says so, and
-what to do. For small data take fewer codes, such as --config.vqkd.codes=1024.
+what to do. A hundred thousand images or fewer rather take an eighth of the codes, and restart dead
+ones:
+    python -m beit_jax.main --config=configs/vqkd_base_clip.py:small \
+        --config.data.source=folder:PHOTOS
 """
 
 from configs import common
 
+CODEBOOKS = {
+    "full": {},
+    "small": {"vqkd.codes": 1024, "vqkd.restart_dead": True},
+}
 
-def get_config():
+
+def get_config(codebook="full"):
     config = common.get_config()
     config.task = "vqkd"
     config.teacher.path = "runs/clip"
@@ -41,4 +49,4 @@ def get_config():
     config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 1e-4
     config.optimizer.clip = 0.0
-    return config
+    return common.with_preset(config, CODEBOOKS, codebook)

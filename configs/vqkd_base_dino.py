@@ -11,8 +11,8 @@ Expected (reported by the authors, on the validation split): `usage` 100 %.
 from configs import vqkd_base_clip
 
 
-def get_config():
-    config = vqkd_base_clip.get_config()
+def get_config(codebook="full"):
+    config = vqkd_base_clip.get_config(codebook)
     config.teacher.path = "runs/dino"
     config.vqkd.teacher_width = 768
     return config

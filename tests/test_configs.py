@@ -1,6 +1,7 @@
 """Every recipe can be built, and impossible settings are refused by name."""
 
 import importlib
+import inspect
 from pathlib import Path
 
 import jax
@@ -20,6 +21,10 @@ SOURCE = tiny.Images(1_097, tuple("0123456789"))
 
 def load(name: str):
     return importlib.import_module(f"configs.{name}").get_config()
+
+
+def presets_of(name: str) -> bool:
+    return bool(inspect.signature(importlib.import_module(f"configs.{name}").get_config).parameters)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,16 @@ def test_every_recipe_is_built_and_shaped(name, tokenizers, teachers, tmp_path):
     loss, sums = jax.eval_shape(one_update, jax.random.key(0), batch)
     assert loss.shape == ()
     assert config.eval.best in task.finalize(jax.tree.map(lambda s: np.ones(s.shape), sums))
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if presets_of(name)])
+def test_a_recipes_presets_are_named_where_another_is_asked_for(name):
+    recipe = importlib.import_module(f"configs.{name}").get_config
+    with pytest.raises(LookupError, match="no preset 'x'; choose one of ") as refused:
+        recipe("x")
+    names = str(refused.value).partition("choose one of ")[2].split(", ")
+    recipes = [recipe(preset).to_json() for preset in names]
+    assert len(set(recipes)) == len(names) > 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The report says what the runs' files say."""
 
 import json
+import os
 
 import pytest
 
@@ -68,6 +69,28 @@ def test_tables(runs):
         ("raw pixels", "98.0%", "-"),
     ]
     assert labels.rows == [("5", "50.0%", "70.0% ± 14.1 (2 runs)")]
+
+
+def test_runs_of_one_name_are_averaged(runs, tmp_path):
+    again = [report.read_run(run) for run in runs if run.endswith("mim")]
+    other = again[0]._replace(lines=[{**again[0].lines[-1], "knn": 0.8}])
+    table = report.features([*again, other])
+    assert table.rows[0] == ("encoder, pre-trained (mim)", "85.0% ± 7.1 (2 runs)", "-")
+    assert table.rows[1:] == [("raw pixels", "98.0%", "-")]
+
+
+def test_the_newest_picture_of_each_name_is_shown(runs, tmp_path):
+    (tmp_path / "dvae" / "pictures").mkdir()
+    for number, name in enumerate(("reconstruction_5", "reconstruction_9", "codes_9")):
+        picture = tmp_path / "dvae" / "pictures" / f"{name}.png"
+        picture.write_bytes(name.encode())
+        os.utime(picture, (number, number))
+    run = report.read_run(runs[0])
+    assert {name: path.stem for name, path in run.pictures.items()} == {
+        "reconstruction": "reconstruction_9", "codes": "codes_9"
+    }  # fmt: skip
+    text = report.page([run], [])
+    assert text.count("<img") == 2 and "by way of their tokens" in text
 
 
 def test_the_command_writes_one_page(runs, tmp_path, capsys):
