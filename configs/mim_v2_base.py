@@ -6,9 +6,14 @@ Command, with the authors' tokenizer or one of your own (a VQ-KD run):
 The authors' shorter schedule of 300 epochs:
     python -m beit_jax.main --config=configs/mim_v2_base.py --config.tokenizer.path=runs/vqkd \
         --config.train.epochs=300 --config.optimizer.b2=0.98 --config.model.drop_path=0.0
-Without the branch:
-    python -m beit_jax.main --config=configs/mim_v2_base.py --config.tokenizer.path=runs/vqkd \
-        --config.model.early_layers=0
+The papers' comparisons, each one line more:
+    --config.model.early_layers=0                      no CLS branch
+    --config.model.shared_head=False                   the branch has a norm and a head of its own
+    --config.tokenizer.path=runs/dvae                  a dVAE's tokens
+    --config.mim.target=pixels                         pixels, and no tokenizer
+    --config.mim.predict=all                           every patch's token, not only the masked ones
+    --config.mask.kind=random                          scattered patches instead of blocks
+    --config.mask.share=0.6                            more of them
 
 Cost: 106,143,056 trained parameters, 1,000,912 updates of 2,048 images. Not run by us.
 Expected (reported by the authors, after fine-tuning): 85.5 % ImageNet top-1; 85.0 % of 300 epochs.

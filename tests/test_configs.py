@@ -29,13 +29,14 @@ def presets_of(name: str) -> bool:
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """Untouched tokenizers for 3 channels and for 1, by channels."""
-    return {
-        channels: tiny.random_tokenizer(
-            tmp_path_factory.mktemp(f"channels_{channels}"), data__channels=channels
-        )
-        for channels in (1, 3)
-    }
+    """Random tokenizers, by channels and by the pixels of a token each way."""
+    folders = {}
+    for channels, groups in ((1, 2), (3, 2), (3, 5)):
+        tree = tiny.config("dvae", data__channels=channels, dvae__groups=groups)
+        tree.data.image_size = (32, 32)
+        folder = tmp_path_factory.mktemp("tokenizer")
+        folders[channels, 2 ** (groups - 1)] = tiny.random_network(folder, tree, 0)
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,9 @@ def teachers(tmp_path_factory):
 
 
 def build(config, tokenizers, folder, teachers=None):
-    config.tokenizer.path = str(tokenizers[config.data.channels])
+    decoding = config.task == "pixel_decoder"
+    factor = 2 ** (config.dvae.groups - 1) if decoding else 2
+    config.tokenizer.path = str(tokenizers[config.data.channels, factor])
     if config.task == "vqkd":
         config.teacher.path = str(teachers[config.vqkd.teacher_width])
     return tasks.build(config, SOURCE, folder)

@@ -97,10 +97,12 @@ def random_network(folder: Path, tree, outputs: int) -> Path:
     """The network of a config with random weights, as an imported run's folder."""
     network, inputs = make_network(tree, outputs)
     random = np.random.default_rng(tree.seed)
-    variables = jax.tree.map(
-        lambda leaf: random.normal(0.0, 0.2, leaf.shape).astype(leaf.dtype),
-        variables_of(network, *inputs),
-    )
+
+    def draw(path, leaf):
+        mean = float(path[-1].key == "scale")  # so that norms let their input through
+        return random.normal(mean, 0.2, leaf.shape).astype(leaf.dtype)
+
+    variables = jax.tree_util.tree_map_with_path(draw, variables_of(network, *inputs))
     store_config(folder, tree)
     checkpoint.save_weights(folder, dict(variables))
     return folder
