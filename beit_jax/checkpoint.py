@@ -154,6 +154,11 @@ class Weights(NamedTuple):
         """All collections of the network, for `apply`."""
         return {"params": self.params, **self.model_state}
 
+    @property
+    def run(self) -> Path:
+        """The folder of the run that they were read from."""
+        return Path(self.source).parents[1]
+
 
 def load_weights(path: str, named: str) -> Weights:
     """Reads the averaged weights where kept, else the plain ones, as NumPy arrays.

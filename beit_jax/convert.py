@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from beit_jax import checkpoint, command_line, limits, metrics, portable
+from beit_jax import checkpoint, class_names, command_line, limits, metrics, portable
 from beit_jax.errors import UserError
 from beit_jax.interop import expect, exporting, files, pytorch_writer
 from beit_jax.interop.exporting import STYLES
@@ -134,7 +134,8 @@ def export(options: argparse.Namespace) -> int:
         _write(target, lambda file: file.write_bytes(content))
         lines.append(("function", signature))
     else:
-        exported = exporting.export(weights.config, weights.variables, options.format)
+        names = class_names.read(weights.run)
+        exported = exporting.export(weights.config, weights.variables, options.format, names)
         file = target if suffixes else target / "model.safetensors"
         _write(file, lambda part: WEIGHT_FILES[file.suffix](part, exported.tensors))
         for name, content in exported.jsons.items():
@@ -255,6 +256,7 @@ def _write_run(folder: Path, imported: Imported) -> None:
     except OSError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{folder} cannot be written ({reason}); make room there") from error
+    class_names.keep(folder, imported.class_names)
     _write(folder / "config.json", partial(_write_json, imported.config.to_dict()))
 
 

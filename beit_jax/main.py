@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from beit_jax import checkpoint, stored_config, train
+from beit_jax import checkpoint, predict, stored_config, train
 from beit_jax.errors import UserError
 from beit_jax.run import Run
 
@@ -24,8 +24,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder; default: runs/
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval"],
-    "train (resuming by itself), or evaluate the newest checkpoint",
+    ["train", "eval", "predict"],
+    "train (resuming by itself), evaluate the newest checkpoint, or write what it says of each "
+    "image of config.data.source",
 )
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, if there are more")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes that train together")
@@ -37,23 +38,26 @@ CHANGEABLE = (
     "train.steps", "train.epochs", "train.accumulate", "train.log_every", "train.eval_every",
     "train.checkpoint_every", "train.keep", "train.max_skipped", "eval", "mesh", "data.data_dir",
     "data.source", "data.workers", "data.max_bad_share", "data.eval_split", "model.remat",
-    "tokenizer.path", "teacher.path", "vqkd.alarm_usage", "vqkd.restart_dead",
+    "tokenizer.path", "teacher.path", "vqkd.alarm_usage", "vqkd.restart_dead", "data.predict_split",
 )  # fmt: skip
 
-# May differ in an evaluation besides: they change what it measures, and no weight.
+# May differ in an evaluation or prediction besides: they change what it sees, and no weight.
 EVALUATED_WITH = (
     "mask", "model.mean", "model.std", "model.dtype", "data.eval_crop", "data.interpolation",
-    "data.train_split",
+    "data.train_split", "data.labels_per_class", "data.holdout",
 )  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
-    """Reads the flags and runs one training or evaluation."""
+    """Reads the flags and runs one training, evaluation or prediction."""
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag; values are given as --config.key=value.")
     start_distributed()
     folder, config = resolve()
-    Run(config, folder).execute(MODE.value)
+    if MODE.value == "predict":
+        predict.write(config, folder)
+    else:
+        Run(config, folder).execute(MODE.value)
 
 
 def start_distributed() -> None:
@@ -79,10 +83,12 @@ def resolve() -> tuple[Path, ConfigDict]:
     run = Path(WORKDIR.value or f"runs/{Path(path).stem}").expanduser()
     stored = checkpoint.read_config(run) if (run / "config.json").is_file() else None
     config = CONFIG.value
-    if path == STORED_CONFIG and MODE.value == "eval":  # perhaps on a smaller machine
+    if path == STORED_CONFIG and MODE.value != "train":  # perhaps on a smaller machine
         config.mesh.fsdp = math.gcd(config.mesh.fsdp, jax.device_count())
-    if MODE.value == "eval" and stored is None:
-        raise UserError(f"--workdir={run} holds no run to evaluate; train it with --mode=train.")
+    if MODE.value != "train" and stored is None:
+        raise UserError(
+            f"--workdir={run} holds no run for --mode={MODE.value}; train it with --mode=train."
+        )
     if stored is not None:
         _refuse_changes(run, stored, config.to_dict())
     return run, config
@@ -91,7 +97,7 @@ def resolve() -> tuple[Path, ConfigDict]:
 def _refuse_changes(run: Path, old: dict, new: dict) -> None:
     """Refuses to go on with a run under another recipe than it was started with."""
     old, new = dict(_flat(old)), dict(_flat(new))
-    changeable = CHANGEABLE + (EVALUATED_WITH if MODE.value == "eval" else ())
+    changeable = CHANGEABLE + (EVALUATED_WITH if MODE.value != "train" else ())
     for key, value in new.items():
         if any(key == c or key.startswith(c + ".") for c in changeable):
             continue

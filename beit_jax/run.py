@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from beit_jax import (
     checkpoint,
+    class_names,
     evaluate,
     frozen,
     metrics,
@@ -65,6 +66,7 @@ class Run:
             sharding.check_batch("config.train.batch_size", size, self.mesh, microbatches)
             store_config(self.folder, config)
             frozen.keep(self.folder, self.task.copies)
+            class_names.keep(self.folder, self.task.class_names)
         keeper = checkpoint.Keeper(
             self.folder,
             keep=config.train.keep,
@@ -167,25 +169,14 @@ class Run:
             batch_size=self.config.train.batch_size,
             seed=self.config.seed,
             start=start,
-            **self._reading(),
+            **_reading(self.config, self.folder),
         )
         return (sharding.put_batch(batch, self.mesh) for batch in batches)
 
     def split_batches(self, split: str):
         """Every example of a split once, padded to whole batches, on the devices."""
-        batches = pipeline.eval_batches(
-            self.source if split == self.config.data.train_split else self._open(split),
-            self.task.views,
-            batch_size=self.eval_batch_size,
-            eval_crop=self.config.data.eval_crop,
-            **self._reading(),
-        )
-        return (sharding.put_batch(batch, self.mesh) for batch in batches)
-
-    @property
-    def eval_batch_size(self) -> int:
-        """`config.eval.batch_size`, rounded up to a multiple of the devices; padding is free."""
-        return -(-self.config.eval.batch_size // self.mesh.size) * self.mesh.size
+        source = self.source if split == self.config.data.train_split else self._open(split)
+        return eval_batches(source, self.task.views, self.config, self.folder, self.mesh)
 
     def _check_evaluation(self) -> None:
         """Refuses before training what would only fail at the first evaluation."""
@@ -195,7 +186,7 @@ class Run:
             splits.add(config.eval.select_split)
         for split in splits - {config.data.train_split}:
             self._open(split)
-        size = self.eval_batch_size
+        size = eval_batch_size(config, self.mesh)
         batch = {
             name: jax.ShapeDtypeStruct((size, *view.size, config.data.channels), np.uint8)
             for name, view in task.views.items()
@@ -217,20 +208,43 @@ class Run:
             )
 
     def _open(self, split: str) -> sources.Source:
-        data = self.config.data
-        return sources.open_source(data.source, split, data_dir=data.data_dir, holdout=data.holdout)
+        return open_split(self.config, split)
 
-    def _reading(self) -> dict:
-        data = self.config.data
-        return dict(
-            channels=data.channels,
-            max_value=data.max_value,
-            workers=data.workers,
-            max_bad_share=data.max_bad_share,
-            bad_files=self.folder / "bad_files.txt",
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+
+def open_split(config, split: str) -> sources.Source:
+    """A split of `config.data.source`."""
+    data = config.data
+    return sources.open_source(data.source, split, data_dir=data.data_dir, holdout=data.holdout)
+
+
+def eval_batches(source: sources.Source, views, config, folder: Path, mesh):
+    """Every example of a source once, padded to whole batches, on the devices."""
+    batches = pipeline.eval_batches(
+        source,
+        views,
+        batch_size=eval_batch_size(config, mesh),
+        eval_crop=config.data.eval_crop,
+        **_reading(config, folder),
+    )
+    return (sharding.put_batch(batch, mesh) for batch in batches)
+
+
+def eval_batch_size(config, mesh) -> int:
+    """`config.eval.batch_size`, rounded up to a multiple of the devices; padding is free."""
+    return -(-config.eval.batch_size // mesh.size) * mesh.size
+
+
+def _reading(config, folder: Path) -> dict:
+    data = config.data
+    return dict(
+        channels=data.channels,
+        max_value=data.max_value,
+        workers=data.workers,
+        max_bad_share=data.max_bad_share,
+        bad_files=folder / "bad_files.txt",
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 def with_optimizer(task: Task, config, steps: int, examples: int):

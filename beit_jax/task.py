@@ -6,7 +6,9 @@ is one key per row, so that neither the number of devices nor of microbatches ch
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +41,23 @@ class Weights(NamedTuple):
     frozen: PyTree
 
 
+class Answers(NamedTuple):
+    """How predictions reach a person, on the host.
+
+    Attributes:
+      of: `row -> answer`: what `predict` gave for one image (a pytree of NumPy arrays without the
+        batch axis), in a person's terms, such as the likeliest classes by name.
+      file: where `--mode=predict` writes, below the run's folder: a file, or a folder of them.
+      writer: `path of that file -> context manager`; within it, its value is called once for each
+        image that can be read, in order, with `(name of the image, answer)`. What it writes stands
+        in its place when the context ends.
+    """
+
+    of: Callable[[PyTree], Any]
+    file: str
+    writer: Callable[[Path], AbstractContextManager[Callable[[str, Any], None]]]
+
+
 class Task(NamedTuple):
     """Pure functions of one task; `B` is the number of rows that a call sees.
 
@@ -64,7 +83,9 @@ class Task(NamedTuple):
         update or of an evaluation, on the host; empty where all is well.
       evaluators: name -> `(Weights, batches) -> ({name: number}, pictures)`, where `batches(split)`
         gives the finite, padded batches of a split, already on the devices.
-      predict: `(Weights, batch) -> pytree of arrays`, what the task is for.
+      predict: `(Weights, batch) -> pytree of arrays [B, ...]`, what the task is for.
+      class_names: of the outputs of a head over classes, which the run's folder keeps.
+      answers: how predictions reach a person, or None where they are for no person to read.
     """
 
     views: Mapping[str, View]
@@ -80,6 +101,8 @@ class Task(NamedTuple):
     warm_start: Callable[..., tuple[PyTree, str]] | None = None
     alarms: Callable[[Mapping[str, float]], Mapping[str, str]] = lambda metrics: {}
     evaluators: Mapping[str, Callable[..., tuple[Mapping[str, float], Pictures]]] = {}
+    class_names: tuple[str, ...] = ()
+    answers: Answers | None = None
 
 
 def keys_for(keys: jax.Array, purpose: Purpose) -> jax.Array:

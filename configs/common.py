@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     data.data_dir = ""  # where TFDS datasets lie; "" is TFDS's own default, $TFDS_DATA_DIR or ~
     data.train_split = "train"
     data.eval_split = "validation"  # read by evaluation; TFDS slices such as train[99%:] work
+    data.predict_split = "all"  # read by --mode=predict; all: every image of the source
     data.holdout = 0.05  # share of a folder without train/ and validation/ that is held out
     data.labels_per_class = 0  # seeded, balanced subset of the training split; 0 takes all of it
     data.image_size = (224, 224)  # pixels, height and width

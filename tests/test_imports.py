@@ -18,11 +18,12 @@ FLOORS = [
     {"errors"},
     {"augment", "command_line", "limits", "losses", "masking", "metrics", "models", "resize"},
     {"architecture", "data", "optimizer", "pictures", "progress", "sharding"},
-    {"checkpoint", "interop", "task"},
+    {"checkpoint", "class_names", "interop", "task"},
     {"frozen"},
     {"evaluate", "features", "stored_config", "teacher", "tokenizer", "warm_start"},
     {"tasks", "train"},  # neither knows the other
     {"portable", "run"},
+    {"predict"},
     {"benchmark", "convert", "main", "prepare", "report"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

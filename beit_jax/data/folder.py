@@ -2,7 +2,8 @@
 
 With train/ and validation/ (or val/, and perhaps test/) below it, these are the splits. Otherwise
 each image goes to train or validation by a hash of its path below the folder, so that an image
-keeps its split when others come or go. The first folder below the split's own names the label.
+keeps its split when others come or go. "all" is the splits together, by path; TFDS calls it so too.
+The first folder below the split's own names the label.
 """
 
 import collections
@@ -16,6 +17,7 @@ from beit_jax.data.decode import SUFFIXES
 from beit_jax.data.record import Record
 from beit_jax.errors import UserError
 
+ALL = "all"  # the split that is all splits
 SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 
 
@@ -41,29 +43,43 @@ class FolderSource:
         with open(os.path.join(self._root, name), "rb") as file:
             return Record(file.read(), int(self._labels[index]), name)
 
+    def name(self, index: int) -> str:
+        return self._names[index]
+
     def labels(self) -> np.ndarray:
         return self._labels
+
+    @classmethod
+    def union(cls, root: Path, splits: dict[str, "FolderSource"]) -> "FolderSource":
+        """All examples of some splits of one folder, by path."""
+        names = [name for source in splits.values() for name in source._names]
+        labels = np.concatenate([source._labels for source in splits.values()])
+        order = sorted(range(len(names)), key=names.__getitem__)
+        classes = next(iter(splits.values())).class_names
+        return cls(root, [names[i] for i in order], labels[order], classes, ALL)
 
 
 def open_folder(path: str, split: str, holdout: float) -> FolderSource:
     """Opens a split of the folder; raises UserError where there is nothing to open."""
     if "[" in split or "%" in split:
         raise UserError(
-            f"the split {split!r} is a slice, which a folder does not have: use train, validation "
-            "or test, and set config.data.holdout for the share that is held out."
+            f"the split {split!r} is a slice, which a folder does not have: use train, validation, "
+            "test or all, and set config.data.holdout for the share that is held out."
         )
     splits = folder_splits(path, holdout)
+    if split == ALL:
+        return FolderSource.union(_root(path), splits)
     if split not in splits:
         raise UserError(
             f"folder:{path} has no split {split!r}: it has {', '.join(splits)} (from its folders "
-            "train/, validation/ or val/, and test/, or held out by config.data.holdout)."
+            "train/, validation/ or val/, and test/, or held out by config.data.holdout), and all."
         )
     return splits[split]
 
 
 def folder_splits(path: str, holdout: float) -> dict[str, FolderSource]:
     """All splits of a folder that hold an image, with one set of class names."""
-    root = Path(os.path.expanduser(path)).absolute()
+    root = _root(path)
     if not root.is_dir():
         raise UserError(
             f"there is no folder {root}; config.data.source=folder:PATH needs the folder that "
@@ -81,6 +97,10 @@ def folder_splits(path: str, holdout: float) -> dict[str, FolderSource]:
         parts["validation"] = parts.setdefault("train", root)
     order = [name for name in SPLIT_FOLDERS if found.get(name)]
     return {n: _make_source(root, parts[n], found[n], classes, n) for n in order}
+
+
+def _root(path: str) -> Path:
+    return Path(os.path.expanduser(path)).absolute()
 
 
 def _make_source(root: Path, part: Path, names: list[str], classes: tuple, split: str):

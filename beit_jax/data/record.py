@@ -31,5 +31,8 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record:
         """Example `index`; raises OSError where it cannot be read."""
 
+    def name(self, index: int) -> str:
+        """What a person finds example `index` by, whether or not it can be read."""
+
     def labels(self) -> np.ndarray:
         """All labels, int32 [len], without decoding an image."""

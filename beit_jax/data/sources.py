@@ -17,7 +17,7 @@ def open_source(source: str, split: str, *, data_dir: str = "", holdout: float =
 
     Args:
         source: `digits`, `folder:PATH` or `tfds:NAME[/CONFIG][:VERSION]`.
-        split: train, validation or test; for TFDS a slice such as `train[99%:]` too.
+        split: train, validation, test or all; for TFDS a slice such as `train[99%:]` too.
         data_dir: where TFDS data sets lie; "" is TFDS's default.
         holdout: share of a folder without train/ and validation/ that is its validation split.
             Which images these are depends on their paths alone and on no seed, so that a
@@ -54,6 +54,9 @@ class _Subset:
 
     def __getitem__(self, index: int) -> Record:
         return self._source[int(self._indices[index])]
+
+    def name(self, index: int) -> str:
+        return self._source.name(int(self._indices[index]))
 
     def labels(self) -> np.ndarray:
         return self._source.labels()[self._indices]

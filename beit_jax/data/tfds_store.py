@@ -68,6 +68,9 @@ class TfdsSource:
             name = example[self._file_name].decode(errors="surrogateescape")
         return Record(example[self._image], label, name)
 
+    def name(self, index: int) -> str:
+        return self[index].name
+
     def labels(self) -> np.ndarray:
         if not self._label:
             return np.full(len(self), -1, np.int32)

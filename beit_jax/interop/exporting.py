@@ -1,6 +1,6 @@
 """A run's weights in the files of another project."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,32 +22,37 @@ class Exported(NamedTuple):
     unsaid: tuple[str, ...] = ()  # what a reader of the files must be told, one sentence each
 
 
-def export(config: Mapping, variables: Variables, style: str) -> Exported:
+def export(
+    config: Mapping, variables: Variables, style: str, names: Sequence[str] = ()
+) -> Exported:
     """Names a run's weights as another project does.
 
     Args:
       config: the run's resolved config, nested.
       variables: all collections of its network.
       style: one of STYLES.
+      names: of the head's classes, where they are known; only Hugging Face's files hold them.
 
     Raises:
       UserError: where the other project has no such network.
     """
-    return STYLES[style](config, variables)
+    return STYLES[style](config, variables, names)
 
 
-def _hugging_face(config: Mapping, variables: Variables) -> Exported:
+def _hugging_face(config: Mapping, variables: Variables, names: Sequence[str]) -> Exported:
     left_out = hugging_face_config.inexpressible(config)
     kept = _without(variables, left_out)
     tensors = export_params(hugging_face.TABLES[config["task"]], kept)
+    outputs = outputs_of(variables["params"])
     jsons = {
-        "config.json": hugging_face_config.config_json(config, outputs_of(variables["params"])),
+        "config.json": hugging_face_config.config_json(config, outputs, names),
         "preprocessor_config.json": hugging_face_config.preprocessor_json(config),
     }
     return Exported(tensors, jsons, _present(left_out, variables))
 
 
-def _official(config: Mapping, variables: Variables) -> Exported:
+def _official(config: Mapping, variables: Variables, names: Sequence[str]) -> Exported:
+    del names
     tables: dict[str, Callable[[Mapping], Table]] = {
         **dict.fromkeys(("mim", "classify", "encoder"), beit.BEIT.table),
         "vqkd": vqkd.VQKD.table,
@@ -63,7 +68,8 @@ def _official(config: Mapping, variables: Variables) -> Exported:
     return Exported(tensors, {}, {}, _unsaid(config, "Microsoft's code"))
 
 
-def _timm(config: Mapping, variables: Variables) -> Exported:
+def _timm(config: Mapping, variables: Variables, names: Sequence[str]) -> Exported:
+    del names
     if config["task"] not in ("mim", "classify", "encoder"):
         raise UserError(f"timm has no network of task {config['task']!r}; it has BEiT's encoder")
     why = "is for pre-training, which timm's BEiT does not do"

@@ -179,12 +179,25 @@ def inexpressible(config: Mapping) -> dict[str, str]:
     return dict.fromkeys([*blocks, "cls_norm", "cls_lm_head"], why)
 
 
-def config_json(config: Mapping, outputs: int) -> dict[str, Any]:
+def class_names(about: Mapping, outputs: int) -> tuple[str, ...]:
+    """The names of a head's classes; empty where config.json has none, or only placeholders."""
+    labels = about.get("id2label") or {}
+    names = tuple(str(labels.get(str(number), "")) for number in range(outputs))
+    placeholders = tuple(map(_placeholder, range(outputs)))
+    return names if all(names) and names != placeholders else ()
+
+
+def _placeholder(number: int) -> str:
+    return f"LABEL_{number}"
+
+
+def config_json(config: Mapping, outputs: int, names: Sequence[str] = ()) -> dict[str, Any]:
     """A config.json with which transformers builds the network of a run's resolved config.
 
     Args:
       config: nested.
       outputs: codes or classes of the head; 0: the encoder alone, which is BeitModel.
+      names: of the classes, where they are known.
 
     Raises:
       UserError: for what Hugging Face cannot express; see `inexpressible`.
@@ -225,7 +238,7 @@ def config_json(config: Mapping, outputs: int) -> dict[str, Any]:
         return about | {"vocab_size": outputs}
     if task == "segment":
         about |= _segment_json(config["segment"])
-    labels = [f"LABEL_{number}" for number in range(outputs)]
+    labels = names or list(map(_placeholder, range(outputs)))
     if labels:
         about["id2label"] = {str(number): label for number, label in enumerate(labels)}
         about["label2id"] = {label: number for number, label in enumerate(labels)}

@@ -14,6 +14,7 @@ from beit_jax.errors import UserError
 from beit_jax.interop.families import recognise
 from beit_jax.interop.family import Description
 from beit_jax.interop.files import Archive
+from beit_jax.interop.hugging_face_config import class_names
 from beit_jax.interop.table import Match, listed, match_params
 from beit_jax.interop.tensors import NOT_READ
 
@@ -28,6 +29,7 @@ class Imported(NamedTuple):
     outputs: int  # see `Description`
     variables: dict[str, Any]  # collection -> tree of NumPy arrays
     report: list[tuple[str, str]]  # what, and what of it
+    class_names: tuple[str, ...]  # of the head, where the files know them
 
 
 def import_archive(
@@ -64,7 +66,11 @@ def import_archive(
     tree = unflatten_dict(match.found | _fresh(module, inputs, match.missing, alone), sep="/")
     variables = {"params": tree} if alone else tree
     report = _report(archive, family.name, description, config, match, target)
-    return Imported(config, description.outputs, variables, report)
+    names = ()
+    if description.task in ("classify", "segment"):
+        names = class_names(archive.about, description.outputs)
+        report.append(("classes", f"by {'name' if names else 'number, as no names are known'}"))
+    return Imported(config, description.outputs, variables, report, names)
 
 
 def _fill(config: ConfigDict, description: Description) -> None:
