@@ -16,12 +16,13 @@ ABOVE_ZERO = (
 NOT_NEGATIVE = (
     "seed", "data.labels_per_class", "data.workers", "data.color_jitter", "dvae.kl_weight",
     "dvae.kl_steps", "dvae.temperature_steps", "model.layer_scale", "train.eval_every", "eval.knn",
-    "optimizer.warmup_epochs", "vqkd.kmeans",
+    "optimizer.warmup_epochs", "vqkd.kmeans", "classify.mixup", "classify.cutmix",
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 SHARES = (
     "data.flip", "data.holdout", "data.max_bad_share", "model.drop_path", "train.ema_decay",
-    "vqkd.decay", "vqkd.alarm_usage",
+    "vqkd.decay", "vqkd.alarm_usage", "classify.label_smoothing", "classify.mix_switch",
+    "classify.erase",
 )  # fmt: skip
 
 

@@ -200,6 +200,8 @@ class Run:
             return task.finalize(task.eval_fn(params, model_state, frozen, batch, keys))
 
         names = list(jax.eval_shape(scores, jax.random.key(0), task.frozen, batch))
+        if config.eval.raw and config.train.ema_decay:
+            names += [f"raw_{name}" for name in names]
         names += ["knn"] * bool(config.eval.knn) + ["probe"] * config.eval.probe
         if config.eval.best not in names:
             raise UserError(

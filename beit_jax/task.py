@@ -31,6 +31,8 @@ class Purpose(IntEnum):
     GUMBEL = 3
     RESTART = 4
     KMEANS = 5
+    ERASE = 6
+    MIX = 7
 
 
 class Weights(NamedTuple):
@@ -64,6 +66,8 @@ class Task(NamedTuple):
     Attributes:
       views: batch key -> the size and interpolation of that view of a crop.
       init: `key -> (params, model_state)`.
+      augment: `(batch, keys [B]) -> batch`: what chance does to a global batch of training before
+        it is split into microbatches, so that rows may be mixed with each other.
       loss_fn: `(params, model_state, frozen, batch, keys [B], step) ->
         ((loss_sum, weight), (statistics, sums))`. The gradient is taken of the loss sum and divided
         by the weight, both summed over the global batch.
@@ -95,6 +99,7 @@ class Task(NamedTuple):
     finalize: Callable[[Sums], Mapping[str, jax.Array]]
     frozen: PyTree
     predict: Callable[..., PyTree]
+    augment: Callable[[Batch, jax.Array], Batch] = lambda batch, keys: batch
     copies: Mapping[str, Any] = {}
     update_state: Callable[[PyTree, PyTree], PyTree] = lambda model_state, statistics: model_state
     schedules: Mapping[str, Callable[[jax.Array], jax.Array]] = {}

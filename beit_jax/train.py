@@ -59,6 +59,7 @@ def make_train_step(
     def step_fn(state: TrainState, frozen, batch):
         rows = next(iter(batch.values())).shape[0]
         keys = row_keys(seed, state.step, jnp.arange(rows))
+        batch = task.augment(batch, keys)
         # The optimizer's own count stands still in a skipped update; all schedules follow it.
         updates_made = state.step - state.skipped
 
@@ -198,6 +199,10 @@ def run_evaluation(task: Task, state: TrainState, eval_step, split_batches, conf
     split, step = config.data.eval_split, int(state.step)
     weights = Weights(state.evaluated_params, state.model_state, task.frozen)
     scores = evaluate.evaluate(task, eval_step, weights, split_batches(split))
+    if config.eval.raw and state.ema_params is not None:
+        raw = weights._replace(params=state.params)
+        found = evaluate.evaluate(task, eval_step, raw, split_batches(split))
+        scores |= {f"raw_{name}": value for name, value in found.items()}
     for evaluator in task.evaluators.values():
         values, pictures = evaluator(weights, split_batches)
         scores |= values

@@ -119,6 +119,10 @@ def get_config() -> ConfigDict:
 
     config.classify = classify = ConfigDict()
     classify.label_smoothing = 0.1
+    classify.mixup = 0.0  # of Beta(a, a), the share of an image blended with another; 0: no mixup
+    classify.cutmix = 0.0  # of Beta(a, a), the share of an image that a box of another leaves
+    classify.mix_switch = 0.5  # probability of cutmix where there are both
+    classify.erase = 0.0  # probability that a random box of an image becomes noise
     classify.head_scale = 0.001  # factor on the head's initial weights
 
     config.segment = segment = ConfigDict()  # UPerNet on the encoder
@@ -156,6 +160,7 @@ def get_config() -> ConfigDict:
     evaluation.batch_size = 256
     evaluation.best = "loss"  # the evaluation metric that chooses the best checkpoint
     evaluation.maximize = False  # whether a larger value of it is better
+    evaluation.raw = False  # also score the weights that train.ema_decay averages, as raw_<metric>
     evaluation.knn = 0  # neighbours of the feature evaluation on labelled sources; 0: none
     evaluation.probe = False  # linear probe on frozen features, likewise
     evaluation.select_split = "validation"  # where these two choose block and pooling

@@ -80,9 +80,10 @@ def test_every_recipe_is_built_and_shaped(name, tokenizers, teachers, tmp_path):
         params, model_state = task.init(key)
         state = train.create_state(params, model_state, optimizer, ema=config.train.ema_decay > 0)
         keys = jax.random.split(key, rows)
+        augmented = task.augment(batch, keys)
         grads, ((loss, weight), _) = jax.grad(
             lambda p: (lambda out: (out[0][0], out))(
-                task.loss_fn(p, model_state, task.frozen, batch, keys, 0)
+                task.loss_fn(p, model_state, task.frozen, augmented, keys, 0)
             ),
             has_aux=True,
         )(params)

@@ -5,20 +5,97 @@ import csv
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from beit_jax import class_names, losses
 from beit_jax.architecture import images_of, make_classifier
-from beit_jax.augment import color_jitter, normalize, to_unit
+from beit_jax.augment import color_jitter, erase, mix, normalize, to_unit
 from beit_jax.data.pipeline import View
 from beit_jax.data.record import Source
 from beit_jax.errors import UserError
+from beit_jax.models.beit import Classifier
 from beit_jax.task import Answers, Purpose, Task, Weights, example_weights, keys_for, mean_of_sums
 
 TOP = 5  # classes that count as found, and that an answer names
+
+
+class Classification(NamedTuple):
+    """The parts of classification, from which `build` takes its functions."""
+
+    model: Classifier
+    names: tuple[str, ...]  # of the classes
+    config: ConfigDict
+
+    def init(self, key):
+        return self.model.init(key, jnp.zeros(images_of(self.config).shape))["params"], {}
+
+    def logits(self, params, images, drop_keys=None):
+        images = normalize(images, self.config.model.mean, self.config.model.std)
+        return self.model.apply({"params": params}, images, drop_keys)
+
+    def augment(self, batch, keys):
+        """Jitters, erases and mixes, in the official order; a mixed image has two labels."""
+        images, data, settings = batch["image"], self.config.data, self.config.classify
+        if data.color_jitter:
+            keys_jitter = keys_for(keys, Purpose.JITTER)
+            (images,) = color_jitter(keys_jitter, (to_unit(images),), data.color_jitter)
+        if settings.erase:
+            keys_erase, model = keys_for(keys, Purpose.ERASE), self.config.model
+            images = erase(keys_erase, images, settings.erase, model.mean, model.std)
+        if not (settings.mixup or settings.cutmix):
+            return {**batch, "image": images}
+        images, own = mix(
+            keys_for(keys, Purpose.MIX),
+            images,
+            mixup=settings.mixup,
+            cutmix=settings.cutmix,
+            switch=settings.mix_switch,
+        )
+        labels = jnp.stack([batch["label"], batch["label"][::-1]], axis=-1)
+        return {
+            **batch,
+            "image": images,
+            "label": labels,
+            "share": jnp.stack([own, 1.0 - own], axis=-1),
+        }
+
+    def loss_fn(self, params, model_state, frozen, batch, keys, step):
+        logits = self.logits(params, batch["image"], keys_for(keys, Purpose.DROP_PATH))
+        values = self.sums(logits, batch, self.config.classify.label_smoothing)
+        return values["loss"], ({}, values)
+
+    def eval_fn(self, params, model_state, frozen, batch, keys):
+        return self.sums(self.logits(params, batch["image"]), batch, 0.0)
+
+    def sums(self, logits, batch, smoothing: float):
+        """Loss, top-1 and top-5 accuracy against one label a row, or the two of a mixed image.
+
+        Cross-entropy is linear in its target, so a mixed target, smoothed as timm does before it
+        mixes, is the mixture of two losses. With five classes or fewer the top five are all, and
+        `top5_accuracy` is left out.
+        """
+        labels = batch["label"].reshape(len(logits), -1)  # [B, 1 or 2]
+        shares = batch["share"] if "share" in batch else jnp.ones(labels.shape)
+        # Images without a label (-1), such as files beside the class folders, weigh nothing.
+        weights = example_weights(batch)[:, None] * shares * (labels >= 0)
+        loss = jax.vmap(losses.cross_entropy, (None, 1, None), 1)(logits, labels, smoothing)
+        _, best = jax.lax.top_k(logits, min(TOP, len(self.names)))
+        found = best[..., None] == labels[:, None]  # [B, TOP, 1 or 2]
+        values = {"loss": loss, "accuracy": found[:, 0]}
+        if len(self.names) > TOP:
+            values["top5_accuracy"] = found.any(axis=1)
+        total = weights.sum()
+        return {name: ((value * weights).sum(), total) for name, value in values.items()}
+
+    def predict(self, weights: Weights, batch):
+        """Class probabilities float32 [B, C]."""
+        logits = self.logits(weights.params, batch["image"])
+        return jax.nn.softmax(logits.astype(jnp.float32))
 
 
 def build(config, source: Source, run: Path) -> Task:
@@ -30,51 +107,16 @@ def build(config, source: Source, run: Path) -> Task:
             "sort the images into one sub-folder a class, or name a labelled TFDS dataset."
         )
     class_names.check(run, source)
-    model = make_classifier(config, len(names))
-
-    def init(key):
-        return model.init(key, jnp.zeros(images_of(config).shape))["params"], {}
-
-    def logits_of(params, images, drop_keys=None):
-        images = normalize(images, config.model.mean, config.model.std)
-        return model.apply({"params": params}, images, drop_keys)
-
-    def sums(logits, batch, smoothing: float):
-        labels = batch["label"]
-        # Images without a label (-1), such as files beside the class folders, weigh nothing.
-        weight = example_weights(batch) * (labels >= 0)
-        loss = losses.cross_entropy(logits, labels, smoothing)
-        hits = (logits.argmax(-1) == labels).astype(jnp.float32)
-        return {
-            "loss": ((loss * weight).sum(), weight.sum()),
-            "accuracy": ((hits * weight).sum(), weight.sum()),
-        }
-
-    def loss_fn(params, model_state, frozen, batch, keys, step):
-        images = batch["image"]
-        if config.data.color_jitter:
-            (images,) = color_jitter(
-                keys_for(keys, Purpose.JITTER), (to_unit(images),), config.data.color_jitter
-            )
-        logits = logits_of(params, images, keys_for(keys, Purpose.DROP_PATH))
-        values = sums(logits, batch, config.classify.label_smoothing)
-        return values["loss"], ({}, values)
-
-    def eval_fn(params, model_state, frozen, batch, keys):
-        return sums(logits_of(params, batch["image"]), batch, 0.0)
-
-    def predict(weights: Weights, batch):
-        """Class probabilities float32 [B, C]."""
-        return jax.nn.softmax(logits_of(weights.params, batch["image"]).astype(jnp.float32))
-
+    parts = Classification(make_classifier(config, len(names)), names, config)
     return Task(
         views={"image": View(tuple(config.data.image_size), config.data.interpolation)},
-        init=init,
-        loss_fn=loss_fn,
-        eval_fn=eval_fn,
+        init=parts.init,
+        augment=parts.augment,
+        loss_fn=parts.loss_fn,
+        eval_fn=parts.eval_fn,
         finalize=mean_of_sums,
         frozen={},
-        predict=predict,
+        predict=parts.predict,
         class_names=names,
         answers=Answers(
             lambda probabilities: likeliest(probabilities, names),
