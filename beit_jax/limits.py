@@ -56,6 +56,10 @@ def check(config: ConfigDict) -> None:
     low, high = values["data.crop_ratio"]
     if not 0 < low <= high:
         refuse("data.crop_ratio", "two rising numbers above 0")
+    if not 0 <= values["data.rand_augment"] <= 10:
+        refuse("data.rand_augment", "from 0 to 10")
+    if values["data.rand_augment"] and values["data.channels"] not in (1, 3):
+        refuse("data.rand_augment", "0 where data.channels is neither 1 nor 3")
     for key in ("model.dtype", "dvae.dtype"):
         if values[key] not in DTYPES:
             refuse(key, f"one of {', '.join(DTYPES)}")

@@ -165,7 +165,13 @@ class Run:
         batches = pipeline.train_batches(
             self.source,
             self.task.views,
-            pipeline.Augmentation(tuple(data.crop_scale), tuple(data.crop_ratio), data.flip),
+            pipeline.Augmentation(
+                tuple(data.crop_scale),
+                tuple(data.crop_ratio),
+                data.flip,
+                data.rand_augment,
+                tuple(self.config.model.mean),
+            ),
             batch_size=self.config.train.batch_size,
             seed=self.config.seed,
             start=start,

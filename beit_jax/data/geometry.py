@@ -22,6 +22,8 @@ class Augmentation(NamedTuple):
     crop_scale: tuple[float, float]  # share of the image's area
     crop_ratio: tuple[float, float]  # width over height
     flip: float  # probability of a horizontal flip
+    magnitude: float = 0.0  # of RandAugment, from 0 (off) to 10
+    mean: tuple[float, ...] = ()  # of pixels in [0, 1]; what RandAugment fills in
 
 
 class Box(NamedTuple):

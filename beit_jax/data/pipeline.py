@@ -18,6 +18,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from beit_jax.data import rand_augment
 from beit_jax.data.bad_files import BadFiles
 from beit_jax.data.decode import BadImage, decode
 from beit_jax.data.geometry import (
@@ -224,7 +225,8 @@ class _Reader(NamedTuple):
         image, label = self._readable(position, seed)
         # A counter-based generator keyed by (seed, position): no state is carried along.
         key = np.array([seed, position], np.uint64)
-        draws = np.random.Generator(np.random.Philox(key=key)).random(DRAWS + 1)
+        generator = np.random.Generator(np.random.Philox(key=key))
+        draws = generator.random(DRAWS + 1)
         scale, ratio = augmentation.crop_scale, augmentation.crop_ratio
         top, left, height, width = random_crop(*image.shape[:2], scale, ratio, draws[:DRAWS])
         # Cut first: the resampling kernel must not see beyond the crop, as in torchvision.
@@ -233,6 +235,9 @@ class _Reader(NamedTuple):
             crop = crop[:, ::-1]
         crop = np.ascontiguousarray(crop)
         example = {name: resize(crop, view) for name, view in self.views.items()}
+        if augmentation.magnitude:
+            plan, mean = rand_augment.draw(generator, augmentation.magnitude), augmentation.mean
+            example = {n: rand_augment.apply(image, plan, mean) for n, image in example.items()}
         return {**example, "label": np.int32(label)}
 
     def eval_example(self, index: int, eval_crop: float) -> Batch:
