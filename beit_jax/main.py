@@ -20,7 +20,9 @@ from beit_jax.run import Run
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "a file of configs/; change a value with --config.key=value", lock_config=True
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder; default: runs/<config name>")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "the run's folder; default: runs/<config>[_<preset>]"
+)
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -79,8 +81,8 @@ def resolve() -> tuple[Path, ConfigDict]:
             "--config is missing; for example: python -m beit_jax.main "
             "--config=configs/mim_base.py --config.data.source=folder:PHOTOS"
         )
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    run = Path(WORKDIR.value or f"runs/{Path(path).stem}").expanduser()
+    path, *preset = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)
+    run = Path(WORKDIR.value or Path("runs", "_".join([Path(path).stem, *preset]))).expanduser()
     stored = checkpoint.read_config(run) if (run / "config.json").is_file() else None
     config = CONFIG.value
     if path == STORED_CONFIG and MODE.value != "train":  # perhaps on a smaller machine
@@ -126,7 +128,9 @@ def parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(_with_config(argv))
         _ = CONFIG.value and CONFIG.value.task  # a file that cannot be loaded fails when read
     except (flags.Error, AttributeError, LookupError, TypeError, OSError, SyntaxError) as error:
-        sentence = " ".join(str(error).replace("\\n", " ").split())
+        lines = str(error).replace("\\n", "\n").splitlines()
+        # What a config file raises arrives with its traceback; the last line says what it is.
+        sentence = " ".join(" ".join(lines[-1:] if "Traceback" in str(error) else lines).split())
         raise UserError(f"the command line cannot be used: {sentence}") from error
     return rest
 
