@@ -41,7 +41,11 @@ RESULTS = {
         ("guess_accuracy", "commonest token", "{:.1%}"),
         ("evidence_bound", "evidence bound (nats/image)", "{:.1f}"),
     ),
-    "classify": (("accuracy", "accuracy", "{:.1%}"), ("loss", "loss", "{:.3f}")),
+    "classify": (
+        ("accuracy", "accuracy", "{:.1%}"),
+        ("top5_accuracy", "top-5", "{:.1%}"),
+        ("loss", "loss", "{:.3f}"),
+    ),
 }
 
 # What the rows of a picture are, by its name and the run's task.

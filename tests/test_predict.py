@@ -121,7 +121,7 @@ def test_the_command_and_what_it_refuses(trained, photos, tmp_path):
         sources.open_source("digits", "test").name(i) for i in range(5)
     ]
     with pytest.raises(UserError, match="of task dvae, whose predictions are for no person"):
-        predict.load(tiny.random_tokenizer(tmp_path / "dvae"))
+        predict.load(tiny.random_network(tmp_path / "dvae", tiny.config("dvae"), 0))
     with pytest.raises(UserError, match="holds no finished checkpoint"):
         predict.load(tmp_path)
 
