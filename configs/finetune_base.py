@@ -91,8 +91,7 @@ def get_config(preset: str = "v1"):
     config.init.path = "runs/mim_v2_base"
     config.train.epochs = 100.0
     config.optimizer.warmup_epochs = 20.0
-    config.update_from_flattened_dict(chosen(PRESETS, preset))
-    return config
+    return common.with_preset(config, PRESETS, preset)
 
 
 def shared():
@@ -115,10 +114,3 @@ def shared():
     config.eval.maximize = True
     config.eval.raw = True
     return config
-
-
-def chosen(presets: dict, name: str) -> dict:
-    """The preset of that name."""
-    if name not in presets:
-        raise LookupError(f"there is no preset {name!r}; give one of {', '.join(presets)}")
-    return presets[name]

@@ -15,7 +15,7 @@ Expected (reported by the authors, ImageNet top-1 / top-5): v1 86.0 / 97.6, v1_f
 88.4 / 98.6.
 """
 
-from configs import finetune_base
+from configs import common, finetune_base
 from configs.finetune_base import MIXED, TO_22K
 
 V1 = finetune_base.V1 | {"init.path": "runs/beit_large"}
@@ -76,5 +76,4 @@ def get_config(preset: str = "v1"):
     config.init.path = "runs/mim_v2_large"
     config.train.epochs = 50.0
     config.optimizer.warmup_epochs = 5.0
-    config.update_from_flattened_dict(finetune_base.chosen(PRESETS, preset))
-    return config
+    return common.with_preset(config, PRESETS, preset)

@@ -80,7 +80,7 @@ def test_the_chain_of_three_commands(tmp_path):
     [
         ((), "--config is missing"),
         (("--config=configs/nothing.py",), "configs/nothing.py"),
-        (("--config=configs/finetune_base.py:v3",), "no preset 'v3'; give one of v1, v1_22k,"),
+        (("--config=configs/finetune_base.py:v3",), "no preset 'v3'; choose one of v1, v1_22k,"),
         (("--config=configs/mim_base.py:v3",), "get_config() takes 0 positional arguments"),
         (("--config=configs/mim_base.py", "--config.model.widht=3"), '"width"'),
         (("--config=configs/mim_base.py", "--config.model.width=wide"), "wide"),
