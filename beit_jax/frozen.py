@@ -59,7 +59,7 @@ def frozen_network(
 def read(path: str, named: str) -> Weights:
     """A run's weights, with the frozen networks that they need; see `checkpoint.load_weights`."""
     weights = checkpoint.load_weights(path, named)
-    return _with_parts(weights, Path(weights.source).parents[1])
+    return _with_parts(weights, weights.run)
 
 
 def keep(run: Path, copies: Mapping[str, Weights]) -> None:
