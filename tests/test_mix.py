@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from beit_jax import augment, sharding, train
 from beit_jax.architecture import make_classifier
-from beit_jax.task import Task, mean_of_sums
+from beit_jax.task import Purpose, Task, keys_for, mean_of_sums
 from beit_jax.tasks.classify import Classification
 
 RNG = np.random.default_rng(0)
@@ -131,7 +131,10 @@ def test_the_loss_is_that_of_timms_soft_targets():
     images = RNG.integers(0, 256, (6, 8, 8, 1), np.uint8)
     batch = jax.jit(parts.augment)({"image": images, "label": labels}, keys_of(6))
     logits = RNG.normal(size=(6, 10)).astype(np.float32) * 3
-    own = np.asarray(batch["share"])[:, 0]
+    keys = keys_for(keys_of(6), Purpose.MIX)
+    mixed, own = JITTED(keys, images, mixup=0.8, cutmix=1.0, switch=0.5)
+    np.testing.assert_allclose(batch["image"], mixed, atol=1e-6)
+    own = np.asarray(own)
     assert 0.1 < own.std()
     loss, weight = parts.sums(logits, batch, 0.1)["loss"]
     assert weight == pytest.approx(6)
