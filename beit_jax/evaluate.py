@@ -1,10 +1,13 @@
 """Evaluation over a finite split: every image counts exactly once, on any number of devices."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 
 from beit_jax.task import Batch, Task, Weights, row_keys
+
+PyTree = Any
 
 
 def make_eval_step(task: Task, seed: int) -> Callable[[Weights, Batch], dict]:
@@ -21,11 +24,16 @@ def make_eval_step(task: Task, seed: int) -> Callable[[Weights, Batch], dict]:
     return eval_step
 
 
-def evaluate(task: Task, eval_step, weights: Weights, batches: Iterable[Batch]) -> dict[str, float]:
-    """Adds `eval_step` up over `batches` on the devices and finalises the sums."""
+def add_up(step: Callable[[Batch], PyTree], batches: Iterable[Batch]) -> PyTree:
+    """Adds `step` up over `batches` on the devices."""
     total = None
     for batch in batches:
-        sums = eval_step(weights, batch)
+        sums = step(batch)
         total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
         jax.block_until_ready(total)  # one batch in flight bounds memory
-    return jax.device_get(task.finalize(total))
+    return total
+
+
+def evaluate(task: Task, eval_step, weights: Weights, batches: Iterable[Batch]) -> dict[str, float]:
+    """Adds `eval_step` up over `batches` and finalises the sums."""
+    return jax.device_get(task.finalize(add_up(lambda batch: eval_step(weights, batch), batches)))

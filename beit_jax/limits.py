@@ -15,7 +15,7 @@ ABOVE_ZERO = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "data.labels_per_class", "data.workers", "data.color_jitter", "dvae.kl_weight",
-    "dvae.kl_steps", "dvae.temperature_steps", "model.layer_scale", "train.eval_every", "eval.knn",
+    "dvae.kl_steps", "dvae.temperature_steps", "model.layer_scale", "train.eval_every",
     "optimizer.warmup_epochs", "vqkd.kmeans", "classify.mixup", "classify.cutmix",
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
@@ -60,6 +60,8 @@ def check(config: ConfigDict) -> None:
         refuse("data.rand_augment", "from 0 to 10")
     if values["data.rand_augment"] and values["data.channels"] not in (1, 3):
         refuse("data.rand_augment", "0 where data.channels is neither 1 nor 3")
+    if any(neighbours < 1 or neighbours != int(neighbours) for neighbours in values["eval.knn"]):
+        refuse("eval.knn", "whole numbers above 0")
     for key in ("model.dtype", "dvae.dtype"):
         if values[key] not in DTYPES:
             refuse(key, f"one of {', '.join(DTYPES)}")

@@ -162,9 +162,10 @@ def get_config() -> ConfigDict:
     evaluation.best = "loss"  # the evaluation metric that chooses the best checkpoint
     evaluation.maximize = False  # whether a larger value of it is better
     evaluation.raw = False  # also score the weights that train.ema_decay averages, as raw_<metric>
-    evaluation.knn = 0  # neighbours of the feature evaluation on labelled sources; 0: none
-    evaluation.probe = False  # linear probe on frozen features, likewise
-    evaluation.select_split = "validation"  # where these two choose block and pooling
+    evaluation.knn = ()  # neighbours of the k-NN on labelled sources, such as (10, 20); (): none
+    evaluation.probe = False  # linear probe on frozen features of labelled sources
+    evaluation.blocks = ()  # blocks whose features these two score, 0 the first; (): all
+    evaluation.select_split = "validation"  # where these two choose block, pooling and k
     evaluation.pixels = False  # score raw pixels beside the features; for small images
 
     config.mesh = mesh = ConfigDict()

@@ -1,6 +1,5 @@
-"""Features from Python, and what they are worth."""
+"""Features from Python."""
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -50,59 +49,3 @@ def test_wrong_images_are_refused(pretrained):
 def test_a_tokenizer_is_no_encoder(tmp_path):
     with pytest.raises(UserError, match="holds no encoder"):
         features.load(str(tiny.random_tokenizer(tmp_path)))
-
-
-def test_classifiers_separate_what_is_separable():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 90)
-    x = np.eye(3)[labels] * 4 + rng.normal(size=(90, 3))
-    for classifier in (features.knn_classifier(5), features.linear_classifier()):
-        assert classifier.fit(x[:60], labels[:60]).score(x[60:], labels[60:]) > 0.9
-
-
-def test_neighbours_vote_by_similarity():
-    """One close neighbour outvotes two far ones."""
-    x = np.array([[1.0, 0.0], [0.5, 1.0], [0.5, 1.0]])
-    classifier = features.knn_classifier(3).fit(x, [0, 1, 1])
-    assert classifier.predict([[1.0, 0.1]]) == [0]
-
-
-def test_block_and_pooling_are_chosen_on_one_split_and_scored_on_another(tmp_path, monkeypatch):
-    """With extractors whose worth differs by split, the choice must be the selection split's."""
-    rng = np.random.default_rng(0)
-    good = {"validation": "cls", "test": "mean"}
-
-    def batches(split):
-        labels = rng.integers(0, 2, 64).astype(np.int32)
-        image = np.zeros((64, 1, 1, 1), np.uint8) + labels[:, None, None, None].astype(np.uint8)
-        marks = {"train": 2, "validation": 3, "test": 4}
-        yield {
-            "image": jax.numpy.asarray(image + 10 * np.uint8(marks[split])),
-            "label": jax.numpy.asarray(labels),
-            "valid": np.ones(64, bool),
-        }
-
-    def extractor(config):
-        def extract(params, image):
-            x = image.reshape(-1).astype(np.float32)
-            signal, split = (x % 10)[:, None] * 2 - 1, x[0] // 10
-            noise = jax.numpy.sin(jax.numpy.arange(64.0) * 7)[:, None]
-            use_cls = (split == 2) | (split == 3)
-            use_mean = (split == 2) | (split == 4)
-            cls = jax.numpy.where(use_cls, signal, noise)
-            mean = jax.numpy.where(use_mean, signal, noise)
-            return {"cls": cls[:, None], "mean": mean[:, None]}
-
-        return extract
-
-    monkeypatch.setattr(features, "make_extractor", extractor)
-    tree = tiny.config("mim", eval__probe=True, eval__pixels=False, data__eval_split="test")
-    evaluator = features.make_evaluator(tree, ("even", "odd"))
-    scores, _ = evaluator(features.Weights({"encoder": {}}, {}, {}), batches)
-    assert scores["probe_from_cls"] == int(good["validation"] == "cls")
-    assert scores["probe"] < 0.8  # "mean" would have scored 1 on the test split
-
-
-def test_unlabelled_data_is_refused():
-    with pytest.raises(UserError, match="need labels"):
-        features.make_evaluator(tiny.config("mim"), ())

@@ -17,10 +17,11 @@ PACKAGE = ROOT / "beit_jax"
 FLOORS = [
     {"errors"},
     {"augment", "command_line", "limits", "losses", "masking", "metrics", "models", "resize"},
-    {"architecture", "data", "optimizer", "pictures", "progress", "sharding"},
-    {"checkpoint", "class_names", "interop", "task"},
+    {"architecture", "data", "logistic", "optimizer", "pictures", "progress", "sharding"},
+    {"checkpoint", "class_names", "interop", "knn", "task"},
     {"frozen"},
     {"evaluate", "features", "stored_config", "teacher", "tokenizer", "warm_start"},
+    {"feature_scores"},
     {"tasks", "train"},  # neither knows the other
     {"portable", "run"},
     {"predict"},

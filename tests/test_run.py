@@ -50,7 +50,7 @@ def test_the_paper_recipes_read_a_folder(recipe, photos, tmp_path):
     ("changes", "said"),
     [
         ({"data__eval_split": "validaton"}, "validaton"),
-        ({"eval__select_split": "nowhere", "eval__knn": 3}, "nowhere"),
+        ({"eval__select_split": "nowhere", "eval__knn": (3,)}, "nowhere"),
         ({"eval__best": "acuracy"}, "config.eval.best='acuracy'.*accuracy"),
         ({"train__batch_size": 12}, "12 is not divisible by 8 devices; try 8 or 16"),
     ],

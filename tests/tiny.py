@@ -59,7 +59,7 @@ def config(task: str, **changes):
             "optimizer.warmup_epochs": 0.0,
             "optimizer.warmup_steps": 0,
             "eval.batch_size": 64,
-            "eval.knn": 0,
+            "eval.knn": (),
             "eval.probe": False,
             "init.path": "",
             "data.workers": 0,
