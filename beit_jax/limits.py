@@ -62,6 +62,9 @@ def check(config: ConfigDict) -> None:
         refuse("data.rand_augment", "0 where data.channels is neither 1 nor 3")
     if any(neighbours < 1 or neighbours != int(neighbours) for neighbours in values["eval.knn"]):
         refuse("eval.knn", "whole numbers above 0")
+    rates = values["probe.learning_rates"]
+    if not rates or not all(rate > 0 for rate in rates):
+        refuse("probe.learning_rates", "one or more numbers above 0")
     for key in ("model.dtype", "dvae.dtype"):
         if values[key] not in DTYPES:
             refuse(key, f"one of {', '.join(DTYPES)}")

@@ -74,12 +74,12 @@ class Screen:
             self.say(f"update {step}/{self._total}  {text}{left}")
 
     def evaluated(self, step: int, scores: dict[str, float]) -> None:
-        """Shows an evaluation."""
+        """Shows an evaluation; of a group of numbers, group/name, the files have the details."""
         if self._mark is not None:
             self._mark = (step, time.perf_counter())  # evaluating is no part of the training rate
         self.say(
             f"evaluation at update {step}: "
-            + "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            + "  ".join(f"{name} {value:.4g}" for name, value in scores.items() if "/" not in name)
         )
 
     def alarm(self, step: int, sentences: Mapping[str, str]) -> None:

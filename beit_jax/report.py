@@ -46,6 +46,7 @@ RESULTS = {
         ("top5_accuracy", "top-5", "{:.1%}"),
         ("loss", "loss", "{:.3f}"),
     ),
+    "probe": (("probe", "accuracy", "{:.1%}"), ("probe_learning_rate", "learning rate", "{:.3g}")),
 }
 
 # What the rows of a picture are, by its name and the run's task.
@@ -138,8 +139,9 @@ def features(runs: list[Run]) -> Table:
     for run in runs:
         scores = run.last()
         if any(name in scores for name in NAMES):
-            who = "pre-trained" if run.updates else "random weights"
-            found.setdefault(f"encoder, {who} ({run.name})", []).append(scores)
+            who = "encoder, pre-trained" if run.updates else "encoder, random weights"
+            who = "frozen encoder" if run.config["task"] == "probe" else who
+            found.setdefault(f"{who} ({run.name})", []).append(scores)
     rows = [(who, *(_feature(scores, name) for name in NAMES)) for who, scores in found.items()]
     pixels = {
         name: {s[f"pixel_{name}"] for scores in found.values() for s in scores if _has(s, name)}
@@ -163,6 +165,8 @@ def _feature(runs: list[dict], name: str) -> str:
         return _spread(values)
     (scores,) = (scores for scores in runs if scores.get(name) is not None)
     pooling = "CLS" if scores[f"{name}_from_cls"] else "mean"
+    if pooling == "CLS" and scores.get(f"{name}_from_mean"):
+        pooling = "CLS and mean"
     return f"{_percent(values[0])} (block {scores[f'{name}_block'] + 1:.0f}, {pooling})"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
@@ -144,7 +145,7 @@ class Run:
         if mode == "eval":
             raise UserError(f"{self.folder} holds no finished checkpoint to evaluate.")
         taken, origin = None, "starting from fresh weights"
-        if self.config.init.path:
+        if self.config.init.path and not self.task.frozen_init:
             weights = checkpoint.load_weights(self.config.init.path, "config.init.path")
             taken, origin = warm_start(abstract.params, weights, self.config)
         placed = jax.tree.map(lambda x: x.sharding, abstract)
@@ -188,7 +189,7 @@ class Run:
         """Refuses before training what would only fail at the first evaluation."""
         config, task = self.config, self.task
         splits = {config.data.eval_split}
-        if "features" in task.evaluators:
+        if {"features", "heads"} & task.evaluators.keys():
             splits.add(config.eval.select_split)
         for split in splits - {config.data.train_split}:
             self._open(split)
@@ -277,6 +278,9 @@ def with_optimizer(task: Task, config, steps: int, examples: int):
         layer_decay=c.layer_decay,
         depth=config.model.depth,
     )
+    if task.scale_updates is not None:
+        own = optax.stateless(lambda updates, _: task.scale_updates(updates))
+        chain = optax.chain(chain, own)
     logged = {"lr": schedule, "weight_decay": lambda _: jax.numpy.float32(c.weight_decay)}
     return task._replace(schedules={**task.schedules, **logged}), chain
 

@@ -76,6 +76,10 @@ class Task(NamedTuple):
       finalize: `sums -> {name: scalar}`, for training and evaluation alike, traceable.
       frozen: weights that are read and never trained; always an argument of the jitted step.
       copies: frozen networks by kind that a training run is to keep, see `frozen.keep`.
+      frozen_init: whether `config.init.path` names a frozen network of the task's, and no weights
+        to start from.
+      scale_updates: `updates of params -> updates`, after all else of the optimizer, such as a
+        learning rate of their own for some; None changes nothing.
       update_state: `(model_state, statistics) -> model_state`, once per update, from the statistics
         of `loss_fn` summed over the global batch. Collection "history" of the model state is the
         training's own: no network has it, and evaluation does without.
@@ -101,6 +105,8 @@ class Task(NamedTuple):
     predict: Callable[..., PyTree]
     augment: Callable[[Batch, jax.Array], Batch] = lambda batch, keys: batch
     copies: Mapping[str, Any] = {}
+    frozen_init: bool = False
+    scale_updates: Callable[[PyTree], PyTree] | None = None
     update_state: Callable[[PyTree, PyTree], PyTree] = lambda model_state, statistics: model_state
     schedules: Mapping[str, Callable[[jax.Array], jax.Array]] = {}
     warm_start: Callable[..., tuple[PyTree, str]] | None = None

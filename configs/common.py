@@ -28,7 +28,7 @@ def with_preset(config: ConfigDict, presets: Mapping[str, Mapping], name: str) -
 def get_config() -> ConfigDict:
     """Returns the locked tree of all keys."""
     config = ConfigDict()
-    config.task = "mim"  # dvae | vqkd | pixel_decoder | mim | classify
+    config.task = "mim"  # dvae | vqkd | pixel_decoder | mim | classify | probe
     config.seed = 0
 
     config.data = data = ConfigDict()
@@ -125,6 +125,9 @@ def get_config() -> ConfigDict:
     classify.mix_switch = 0.5  # probability of cutmix where there are both
     classify.erase = 0.0  # probability that a random box of an image becomes noise
     classify.head_scale = 0.001  # factor on the head's initial weights
+
+    config.probe = probe = ConfigDict()  # linear heads on the frozen encoder of config.init.path
+    probe.learning_rates = (1.0,)  # of a head each, as multiples of optimizer.learning_rate
 
     config.segment = segment = ConfigDict()  # UPerNet on the encoder
     segment.taps = (4, 6, 8, 12)  # blocks below each of its four levels, finest first

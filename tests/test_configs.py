@@ -59,6 +59,8 @@ def build(config, tokenizers, folder, teachers=None):
     config.tokenizer.path = str(tokenizers[config.data.channels, factor])
     if config.task == "vqkd":
         config.teacher.path = str(teachers[config.vqkd.teacher_width])
+    if config.task == "probe":
+        config.init.path = str(teachers[64 if config.data.channels == 1 else 512])
     return tasks.build(config, SOURCE, folder)
 
 

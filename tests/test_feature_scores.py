@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     """A finished pre-training with three evaluations, and the functions compiled at each."""
     tree = tiny.config(
         "mim",
-        tokenizer__path=str(tiny.random_tokenizer(tmp_path_factory.mktemp("dvae"))),
+        mim__target="pixels",
         train__steps=6,
         train__eval_every=2,
         optimizer__learning_rate=1e-2,

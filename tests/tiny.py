@@ -17,6 +17,7 @@ from configs import (
     digits_dvae,
     digits_mim,
     digits_pixel_decoder,
+    digits_probe,
     digits_vqkd,
 )
 
@@ -26,6 +27,7 @@ RECIPES = {
     "pixel_decoder": digits_pixel_decoder,
     "classify": digits_classify,
     "vqkd": digits_vqkd,
+    "probe": digits_probe,
 }
 
 
