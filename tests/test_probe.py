@@ -14,7 +14,7 @@ from beit_jax.errors import UserError
 from beit_jax.task import Weights
 
 RATES, RATE = (0.5, 5.0), 1e-2
-STEPS = 20
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def recipe(encoder, **changes):
         "optimizer__final_learning_rate": RATE,
         "optimizer__weight_decay": 0.1,
         "train__steps": STEPS,
-        "train__checkpoint_every": 10,
+        "train__checkpoint_every": 5,
         "train__log_every": STEPS,
         "eval__batch_size": 192,
         "data__eval_split": "test",
@@ -141,7 +141,7 @@ def test_eight_devices_learn_like_one(finished, encoder, tmp_path):
 def test_a_killed_run_goes_on_without_the_encoders_run(finished, encoder, tmp_path):
     copy = shutil.copytree(encoder, tmp_path / "encoder")
     one = jax.devices()[:1]
-    tiny.killed_after(tiny.run(recipe(copy), tmp_path / "run", one), 12)
+    tiny.killed_after(tiny.run(recipe(copy), tmp_path / "run", one), 7)
     shutil.rmtree(copy)
     again = tiny.run(recipe(copy), tmp_path / "run", one)
     again.execute("train")
@@ -155,9 +155,8 @@ def test_any_tower_can_be_probed_and_have_neighbours(tmp_path):
     tree = tiny.config("mim", model__depth=3, model__norm_pre=True, model__std=(0.3,))
     tree.task = "teacher"
     teacher = tiny.random_network(tmp_path / "teacher", tree, 8)
-    run = tiny.run(
-        recipe(teacher, eval__knn=(3,), train__steps=0, train__epochs=0.0), tmp_path / "run"
-    )
+    tree = recipe(teacher, eval__knn=(3,), train__steps=0, train__epochs=0.0)
+    run = tiny.run(tree, tmp_path / "run", jax.devices()[:1])
     run.execute("train")
     line = last(run)
     assert line["knn"] > 0.2 and 0 <= line["knn_block"] < 3
