@@ -58,17 +58,23 @@ def fit(features: jax.Array, labels: jax.Array, classes: int) -> Linear:
         return total(term, weights.shape) / count + ridge * weights
 
     covariance = total(lambda x, _: jnp.dot(x.T, x, precision=_EXACT), (size, size)) / count
-    # A little more than the bound, so that float32 can factor it where features repeat each other.
-    bound = covariance / 2 + jnp.diag(ridge[:, 0] + 1e-7 * jnp.trace(covariance))
-    factor = jax.scipy.linalg.cho_factor(bound)
     start = jnp.zeros((size, classes))
-    return Linear(mean, scale, _minimize(gradient, factor, start))
+    return Linear(mean, scale, _minimize(gradient, _factored_bound(covariance, ridge), start))
 
 
 def logits(linear: Linear, features: jax.Array) -> jax.Array:
     """Logits float32 [B, C] of features [B, D]."""
     inputs = _inputs(features, linear.mean, linear.scale)
     return jnp.dot(inputs, linear.weights, precision=_EXACT)
+
+
+def _factored_bound(covariance: jax.Array, ridge: jax.Array):
+    """The bound on the Hessian, factored, from the inputs' covariance [D + 1, D + 1].
+
+    It is raised a little, so that float32 can factor it where features repeat each other.
+    """
+    bound = covariance / 2 + jnp.diag(ridge[:, 0] + 1e-7 * jnp.trace(covariance))
+    return jax.scipy.linalg.cho_factor(bound)
 
 
 def _minimize(gradient, factor, start: jax.Array) -> jax.Array:
