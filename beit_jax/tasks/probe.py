@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import checkpoint, evaluate, feature_scores, features, losses
+from beit_jax import checkpoint, class_names, evaluate, feature_scores, features, losses
 from beit_jax.augment import color_jitter, to_unit
 from beit_jax.data.pipeline import View
 from beit_jax.data.record import Source
@@ -146,6 +146,7 @@ def build(config, source: Source, run: Path) -> Task:
             "config.eval.probe=True has no place in a run of task probe, which is one by itself; "
             "set it to False."
         )
+    class_names.check(run, source)
     backbone, copies = _backbone(config, run)
     parts = Probing(backbone, len(source.class_names), config)
     data = backbone.config["data"]
@@ -160,6 +161,7 @@ def build(config, source: Source, run: Path) -> Task:
         frozen_init=True,
         scale_updates=parts.scale_updates,
         predict=parts.predict,
+        class_names=source.class_names,
         evaluators=_evaluators(parts, source),
     )
 
