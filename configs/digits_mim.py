@@ -19,7 +19,7 @@ def get_config():
     config.train.log_every = 100
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_epochs = 10.0
-    config.eval.knn = 10
+    config.eval.knn = (10,)
     config.eval.probe = True
     config.eval.pixels = True
     return config

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from beit_jax import features, masking
+from beit_jax import feature_scores, masking
 from beit_jax.architecture import images_of, make_masked_image_model
 from beit_jax.augment import color_jitter, normalize, to_unit
 from beit_jax.data.pipeline import View
@@ -156,7 +156,7 @@ def build(config, source: Source, run: Path) -> Task:
     if target.pictures is not None:
         evaluators["reconstruction"] = _picture_evaluator(parts.predict, config)
     if config.eval.knn or config.eval.probe:
-        evaluators["features"] = features.make_evaluator(config, source.class_names)
+        evaluators["features"] = feature_scores.make_evaluator(config, source)
     return Task(
         views={
             "image": View(tuple(config.data.image_size), config.data.interpolation),
