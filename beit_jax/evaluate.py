@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import jax
+import numpy as np
 
 from beit_jax.task import Batch, Task, Weights, row_keys
 
@@ -22,10 +23,16 @@ def make_eval_step(task: Task, seed: int) -> Callable[[Weights, Batch], dict]:
 
 
 def evaluate(task: Task, eval_step, weights: Weights, batches: Iterable[Batch]) -> dict[str, float]:
-    """Adds `eval_step` up over `batches` on the devices and finalises the sums."""
+    """Adds `eval_step` up over `batches` on the host, in 64 bits, and finalises the sums.
+
+    So counts are exact for data of any size; and with one batch in flight memory is bounded.
+    """
     total = None
     for batch in batches:
-        sums = eval_step(weights, batch)
-        total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
-        jax.block_until_ready(total)  # one batch in flight bounds memory
+        sums = jax.tree.map(_wide, jax.device_get(eval_step(weights, batch)))
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
     return jax.device_get(task.finalize(total))
+
+
+def _wide(sums: np.ndarray) -> np.ndarray:
+    return np.asarray(sums, np.int64 if np.issubdtype(sums.dtype, np.integer) else np.float64)
