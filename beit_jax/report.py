@@ -46,6 +46,11 @@ RESULTS = {
         ("top5_accuracy", "top-5", "{:.1%}"),
         ("loss", "loss", "{:.3f}"),
     ),
+    "segment": (
+        ("mIoU", "mIoU", "{:.1%}"),
+        ("mAcc", "mAcc", "{:.1%}"),
+        ("aAcc", "pixel accuracy", "{:.1%}"),
+    ),
 }
 
 # What the rows of a picture are, by its name and the run's task.

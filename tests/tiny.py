@@ -17,6 +17,7 @@ from configs import (
     digits_dvae,
     digits_mim,
     digits_pixel_decoder,
+    digits_segment,
     digits_vqkd,
 )
 
@@ -26,11 +27,14 @@ RECIPES = {
     "pixel_decoder": digits_pixel_decoder,
     "classify": digits_classify,
     "vqkd": digits_vqkd,
+    "segment": digits_segment,
 }
 
 
 class Images:
     """As much of a `Source` as building a task takes."""
+
+    mask_classes = ()  # label maps of classes without names
 
     def __init__(self, number: int, class_names: tuple[str, ...] = ()):
         self.number, self.class_names = number, class_names
@@ -50,6 +54,9 @@ def config(task: str, **changes):
             "dvae.width": 8,
             "dvae.vocabulary": 16,
             "dvae.decoder_input": 8,
+            "segment.classes": 0,  # the data's
+            "segment.taps": (1, 1, 2, 2),
+            "segment.auxiliary_width": 8,
             "vqkd.codes": 16,
             "vqkd.code_width": 8,
             "vqkd.teacher_width": 32,

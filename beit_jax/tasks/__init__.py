@@ -6,7 +6,7 @@ from pathlib import Path
 from beit_jax.data.record import Source
 from beit_jax.errors import UserError
 from beit_jax.task import Task
-from beit_jax.tasks import classify, dvae, mim, pixel_decoder, vqkd
+from beit_jax.tasks import classify, dvae, mim, pixel_decoder, segment, vqkd
 
 BUILDERS: dict[str, Callable[..., Task]] = {
     "dvae": dvae.build,
@@ -14,6 +14,7 @@ BUILDERS: dict[str, Callable[..., Task]] = {
     "pixel_decoder": pixel_decoder.build,
     "mim": mim.build,
     "classify": classify.build,
+    "segment": segment.build,
 }
 
 
