@@ -1,10 +1,9 @@
 """Segmentation of ADE20K by UPerNet on BEiT large (official recipes); otherwise as the base one.
 
-Command, from BEiT's fine-tuning on ImageNet-22k, or from BEiT v2's pre-training:
-    python -m beit_jax.main --config=configs/segment_ade20k_large.py \
-        --config.data.source=folder:ADEChallengeData2016 --config.init.path=runs/finetune_large
-    python -m beit_jax.main --config=configs/segment_ade20k_large.py:v2 \
-        --config.data.source=folder:ADEChallengeData2016 --config.init.path=runs/mim_v2_large
+Presets are v1_ft (without one it is that), v1_ft_640, v2 and v2_ft; there is no v1.
+
+Command:
+    python -m beit_jax.main --config=configs/segment_ade20k_large.py:v1_ft_640
 
 Cost: 441 million trained parameters, 160,000 updates of 16 windows. Not run by us.
 Expected (reported by the authors, mIoU on the validation split): 56.7 % of v1_ft_640, multi-scale
@@ -23,13 +22,13 @@ STARTS = {
     "v1_ft": {},
     "v1_ft_640": LARGE_WINDOWS,
     "v2": V2,
-    "v2_ft": V2 | {"init.path": "runs/finetune_v2_large", "optimizer.learning_rate": 3e-5},
+    "v2_ft": V2 | {"init.path": "runs/finetune_large_v2_21k", "optimizer.learning_rate": 3e-5},
 }
 
 
 def get_config(start="v1_ft"):
     config = segment_ade20k_base.get_config()
-    config.init.path = "runs/finetune_large"
+    config.init.path = "runs/finetune_large_v1_22k"
     config.model.width = 1024
     config.model.depth = 24
     config.model.heads = 16

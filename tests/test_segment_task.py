@@ -18,9 +18,11 @@ from PIL import Image
 from beit_jax import (
     architecture,
     checkpoint,
+    class_names,
     convert,
     metrics,
     photometric,
+    predict,
     sharding,
     tasks,
     warm_start,
@@ -29,6 +31,7 @@ from beit_jax.data import pipeline
 from beit_jax.data.sources import open_source
 from beit_jax.errors import UserError
 from beit_jax.models.upernet import BatchNorm, Segmented, resize
+from beit_jax.run import store_config
 from beit_jax.task import Weights, row_keys
 from beit_jax.tasks import segment
 
@@ -58,7 +61,8 @@ class Small(nn.Module):
     @nn.compact
     def __call__(self, images, keys=None, train=False):
         x = BatchNorm(train)(nn.Conv(8, (3, 3), use_bias=False)(images))[:, ::2, ::2]
-        logits, auxiliary = (nn.Conv(self.classes, (1, 1))(x) for _ in range(2))
+        names = ("decode_classes", "auxiliary_classes")
+        logits, auxiliary = (nn.Conv(self.classes, (1, 1), name=name)(x) for name in names)
         return Segmented((), logits, auxiliary[:, ::2, ::2])
 
 
@@ -188,7 +192,7 @@ def on_devices(folder, tmp_path, count: int, batch_size: int):
         for i in np.flatnonzero(batch["valid"]):
             inside = np.s_[i, : batch["shape"][i, 0], : batch["shape"][i, 1]]
             labels.append(batch["mask"][inside].ravel())
-            found.append(masks[inside].ravel())
+            found.append(masks["classes"][inside].ravel())
     counts = sum(one["confusion"][0].astype(np.int64) for one in sums)
     loss = sum(one["loss"][0] for one in sums) / counts.sum()
     return counts, loss, np.concatenate(labels), np.concatenate(found)
@@ -276,6 +280,7 @@ def test_digits_are_told_apart_by_their_strokes(tmp_path):
         train__batch_size=32,
         train__log_every=40,
         segment__pools=(1,),
+        segment__auxiliary_width=0,
         optimizer__learning_rate=1e-2,
         optimizer__layer_decay=1.0,
         segment__resize=(1.0, 1.0),
@@ -371,6 +376,37 @@ def test_segmentation_starts_from_pre_training_at_another_size(tmp_path):
     assert table.shape == (11 * 11 + 3, 2)
     assert "resized from 4x4 to 6x6 patches" in said and "fresh: pyramid" in said
     assert parts.scenes.size == (12, 12)
+
+
+def test_an_image_becomes_a_coloured_label_map(folder, tmp_path, monkeypatch):
+    """From Python, and as files by the names of the images, of a folder without label maps."""
+    monkeypatch.setattr(segment, "make_segmenter", lambda config, classes: Small(classes))
+    tree = tiny.config("segment", data__source=folder, segment__stride=5, eval__batch_size=8)
+    _, params, state = small_task(tree, tmp_path)
+    run = tmp_path / "run"
+    store_config(run, tree)
+    checkpoint.save_weights(run, {"params": params, **state})
+    class_names.keep(run, ("a", "b", "c"))
+    segmenter, random = predict.load(str(run)), np.random.default_rng(0)
+    images = [random.integers(0, 256, (*size, 1), np.uint8) for size in SIZES[:3]]
+    answers = segmenter(images)
+    assert [answer.size[::-1] for answer in answers] == SIZES[:3]
+    assert {n for answer in answers for n in np.unique(answer)} == {0, 1, 2}
+    for name, image in zip(("a.png", "b/c.png", "b/c.jpg"), images, strict=True):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(path)
+    tree.data.source = f"folder:{tmp_path / 'photos'}"
+    for _ in range(2):  # the second time replaces the first
+        predict.write(tree, run)
+        written = sorted(str(p.relative_to(run)) for p in run.glob("predictions*/**/*.png"))
+        assert written == [f"predictions/{n}" for n in ("a.png", "b/c.png", "b/c.png.png")]
+    for name, answer in (("a.png", answers[0]), ("b/c.png.png", answers[1])):
+        picture = Image.open(run / "predictions" / name)
+        np.testing.assert_array_equal(picture, answer)
+        assert picture.mode == "P" and picture.convert("RGB").getpixel((0, 0)) is not None
+    colours = np.array(answers[0].getpalette()).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) > 200 and (colours[0] == 0).all()
 
 
 # What cannot be

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+from PIL import Image
 
-from beit_jax import losses, photometric, windows
+from beit_jax import losses, photometric, pictures, windows
 from beit_jax.architecture import images_of, make_segmenter
 from beit_jax.augment import color_jitter, normalize, to_unit
 from beit_jax.data.masks import IGNORED, Labels
@@ -22,7 +23,7 @@ from beit_jax.data.scenes import WHOLE
 from beit_jax.errors import UserError
 from beit_jax.models import upernet
 from beit_jax.models.upernet import Segmenter
-from beit_jax.task import Purpose, Task, Weights, keys_for, mean_of_sums
+from beit_jax.task import Answers, Purpose, Task, Weights, keys_for, mean_of_sums
 from beit_jax.windows import BAND, Windows
 
 
@@ -37,18 +38,21 @@ class Segmentation(NamedTuple):
         variables = self.model.init(key, jnp.zeros(images_of(self.config).shape))
         return variables["params"], {"batch_stats": variables["batch_stats"]}
 
-    def loss_fn(self, params, model_state, frozen, batch, keys, step):
-        config, images, mask = self.config, to_unit(batch["image"]), batch["mask"]
-        if config.segment.photometric:
+    def augment(self, batch, keys):
+        """Distorts colours; those around a smaller image are distorted with it."""
+        images, strength = to_unit(batch["image"]), self.config.data.color_jitter
+        if self.config.segment.photometric:
             images = photometric.distort(keys_for(keys, Purpose.PHOTOMETRIC), images)
-        if config.data.color_jitter:
-            (images,) = color_jitter(
-                keys_for(keys, Purpose.JITTER), (images,), config.data.color_jitter
-            )
+        if strength:
+            (images,) = color_jitter(keys_for(keys, Purpose.JITTER), (images,), strength)
+        return {**batch, "image": images}
+
+    def loss_fn(self, params, model_state, frozen, batch, keys, step):
+        config, mask = self.config, batch["mask"]
         # With microbatches each is normalised by its own statistics; the running ones move once.
         found, updated = self.model.apply(
             {"params": params, **model_state},
-            normalize(images, config.model.mean, config.model.std),
+            normalize(batch["image"], config.model.mean, config.model.std),
             keys_for(keys, Purpose.DROP_PATH),
             train=True,
             mutable=["moments"],
@@ -100,7 +104,7 @@ class Segmentation(NamedTuple):
         return {"confusion": (confusion, labelled), "loss": (loss.sum(), labelled)}
 
     def predict(self, weights: Weights, batch):
-        """Classes uint8 [B, H, W]; of each image its `batch["shape"]` is meant."""
+        """Classes uint8 [B, H, W] of the canvas, and int32 [B, 2] what of it is the image."""
         rows, height, width = batch["mask"].shape
 
         def put(canvas, first, scores):
@@ -109,7 +113,12 @@ class Segmentation(NamedTuple):
 
         empty = jnp.zeros((rows, height + -height % BAND, width), jnp.uint8)
         found = self.fold(put, empty, weights.params, weights.model_state, batch)
-        return found[:, :height]
+        return {"classes": found[:, :height], "shape": batch["shape"]}
+
+    def answer(self, row) -> Image.Image:
+        """A label map as files number the classes, each in a colour of its own."""
+        height, width = row["shape"]
+        return pictures.coloured(self.scenes.labels.write(row["classes"][:height, :width]))
 
     def fold(self, fn, start, params, model_state, batch):
         """`windows.fold_bands` over all views of a batch."""
@@ -160,12 +169,15 @@ def build(config, source: Source, run: Path) -> Task:
     return Task(
         views=scenes,
         init=parts.init,
+        augment=parts.augment,
         loss_fn=parts.loss_fn,
         eval_fn=parts.eval_fn,
         finalize=finalize,
         frozen={},
         predict=parts.predict,
         update_state=parts.update_state,
+        class_names=source.mask_classes,
+        answers=Answers(parts.answer, "predictions", pictures.write_folder),
     )
 
 
