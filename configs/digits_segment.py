@@ -8,6 +8,15 @@ Command:
 From scratch, same budget:
     python -m beit_jax.main --config=configs/digits_segment.py --config.init.path= \
         --config.optimizer.layer_decay=1 --workdir=runs/digits_segment_scratch
+
+Cost: 270 s on two CPU cores that other work kept busy.
+Expected (seed 0, mIoU of the test split; validation in brackets), with `digits_mim` from seed 0:
+
+    labels a digit                from scratch     from pre-training
+    5 (data.labels_per_class=5)   55.4 % (57.0)    61.5 % (60.8)
+    all                           94.5 % (97.8)    96.8 % (96.3)
+
+Calling every pixel background gives 6 %.
 """
 
 from configs import digits
