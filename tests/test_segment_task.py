@@ -187,8 +187,13 @@ def on_devices(folder, tmp_path, count: int, batch_size: int):
     both = jax.jit(lambda w, b: (parts.eval_fn(*w, b, None), parts.predict(w, b)))
     sums, labels, found = [], [], []
     for batch in batches:
-        one, masks = jax.device_get(both(weights, sharding.put_batch(batch, mesh)))
+        placed = sharding.put_batch(batch, mesh)
+        one, masks = jax.device_get(both(weights, placed))
         sums.append(one)
+        # Without weights all classes are alike, wherever there is a label.
+        nothing, labelled = both(jax.tree.map(jnp.zeros_like, weights), placed)[0]["loss"]
+        np.testing.assert_allclose(nothing, np.log(CLASSES) * labelled, rtol=1e-5)
+        assert labelled == (batch["mask"] != 255).sum()
         for i in np.flatnonzero(batch["valid"]):
             inside = np.s_[i, : batch["shape"][i, 0], : batch["shape"][i, 1]]
             labels.append(batch["mask"][inside].ravel())
