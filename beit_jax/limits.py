@@ -11,18 +11,19 @@ ABOVE_ZERO = (
     "model.heads", "model.mlp_ratio", "eval.batch_size", "train.batch_size", "train.accumulate",
     "train.log_every", "train.checkpoint_every", "train.keep", "train.max_skipped",
     "vqkd.codes", "vqkd.code_width", "vqkd.decoder_depth", "vqkd.kmeans_vectors", "vqkd.dead_after",
-    "model.norm_epsilon",
+    "model.norm_epsilon", "segment.short_side",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "data.labels_per_class", "data.workers", "data.color_jitter", "dvae.kl_weight",
     "dvae.kl_steps", "dvae.temperature_steps", "model.layer_scale", "train.eval_every",
     "optimizer.warmup_epochs", "vqkd.kmeans", "classify.mixup", "classify.cutmix",
+    "segment.classes", "segment.auxiliary_weight", "segment.stride",
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 SHARES = (
     "data.flip", "data.holdout", "data.max_bad_share", "model.drop_path", "train.ema_decay",
     "vqkd.decay", "vqkd.alarm_usage", "classify.label_smoothing", "classify.mix_switch",
-    "classify.erase",
+    "classify.erase", "segment.max_category", "segment.dropout",
 )  # fmt: skip
 
 

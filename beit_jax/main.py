@@ -46,7 +46,9 @@ CHANGEABLE = (
 # May differ in an evaluation or prediction besides: they change what it sees, and no weight.
 EVALUATED_WITH = (
     "mask", "model.mean", "model.std", "model.dtype", "data.eval_crop", "data.interpolation",
-    "data.train_split", "data.labels_per_class", "data.holdout",
+    "data.train_split", "data.labels_per_class", "data.holdout", "segment.classes",
+    "segment.reduce_zero_label", "segment.short_side", "segment.stride", "segment.scales",
+    "segment.mirror",
 )  # fmt: skip
 
 

@@ -38,16 +38,25 @@ def scaled_learning_rate(learning_rate: float, *, reference_batch: int, batch_si
     return learning_rate * batch_size / reference_batch
 
 
-def warmup_cosine(peak: float, final: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Learning rate of update `step`, counted from 0; official: `cosine_scheduler` in utils.py.
+def make_schedule(
+    name: str, peak: float, final: float, warmup_steps: int, total_steps: int
+) -> optax.Schedule:
+    """The learning rate of an update, counted from 0.
 
-    The first `warmup_steps` updates take `linspace(0, peak, warmup_steps)`, both ends included, so
-    that the very first update changes nothing; the others follow half a cosine from `peak` towards
-    `final`, which is reached at `total_steps` and kept from there on.
+    Args:
+      name: cosine (`warmup_cosine`) or linear (`warmup_linear`).
+      peak, final: rates.
+      warmup_steps, total_steps: updates.
 
     Raises:
-      UserError: no updates at all, a warm-up longer than the training, or a negative number.
+      UserError: another name, no updates at all, a warm-up longer than the training, or a negative
+        number.
     """
+    schedules = {"cosine": warmup_cosine, "linear": warmup_linear}
+    if name not in schedules:
+        raise UserError(
+            f"config.optimizer.schedule={name!r} is unknown; choose one of {', '.join(schedules)}."
+        )
     if total_steps < 1:
         raise UserError(
             f"Training would take {total_steps} updates: raise config.train.steps or "
@@ -61,6 +70,32 @@ def warmup_cosine(peak: float, final: float, warmup_steps: int, total_steps: int
             f"The warm-up takes {warmup_steps} updates but the training only {total_steps}: lower "
             "config.optimizer.warmup_steps or config.optimizer.warmup_epochs, or train longer."
         )
+    return schedules[name](peak, final, warmup_steps, total_steps)
+
+
+def warmup_linear(peak: float, final: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """Learning rate of update `step`, counted from 0: mmcv's poly policy of power 1.
+
+    It falls linearly from `peak` at update 0 to `final` at `total_steps`; the first `warmup_steps`
+    updates take the share `step / warmup_steps` of that.
+    """
+
+    def schedule(step: jax.Array | int) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        left = 1.0 - jnp.minimum(step / total_steps, 1.0)
+        ramp = jnp.minimum(step / warmup_steps, 1.0) if warmup_steps else 1.0
+        return (final + (peak - final) * left) * ramp
+
+    return schedule
+
+
+def warmup_cosine(peak: float, final: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """Learning rate of update `step`, counted from 0; official: `cosine_scheduler` in utils.py.
+
+    The first `warmup_steps` updates take `linspace(0, peak, warmup_steps)`, both ends included, so
+    that the very first update changes nothing; the others follow half a cosine from `peak` towards
+    `final`, which is reached at `total_steps` and kept from there on.
+    """
     ramp_steps = max(warmup_steps - 1, 1)
     cosine_steps = max(total_steps - warmup_steps, 1)
 

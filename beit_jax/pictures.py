@@ -1,5 +1,11 @@
 """Pictures of what a network sees and makes, for TensorBoard, the run's folder and the report."""
 
+import colorsys
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
+
 import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
@@ -37,3 +43,37 @@ def _row(images: np.ndarray) -> np.ndarray:
         images = np.stack([np.asarray(Image.fromarray(x).resize(size)) for x in images])
     images = np.pad(images, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
     return np.concatenate(list(images), axis=1)
+
+
+def coloured(labels: np.ndarray) -> Image.Image:
+    """Label numbers uint8 [H, W] as a picture with a palette, whose pixels are still the numbers.
+
+    0 is black; the others' hues are a golden section apart, so that neighbours differ.
+    """
+    picture = Image.fromarray(labels)
+    hues = ((number * 0.618034 % 1, 0.5 + 0.5 * (number % 2), 1.0) for number in range(1, 256))
+    colours = [round(255 * value) for hue in hues for value in colorsys.hsv_to_rgb(*hue)]
+    picture.putpalette([0, 0, 0, *colours])
+    return picture
+
+
+@contextlib.contextmanager
+def write_folder(folder: Path) -> Iterator[Callable[[str, Image.Image], None]]:
+    """Writes pictures by the names of their images, as PNG; replaces the folder when all are done.
+
+    Of images whose names differ in their ending alone, all but the first keep it before `.png`.
+    """
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+
+    def write(name: str, picture: Image.Image) -> None:
+        inner = [p for p in PurePath(name).parts if p not in ("..", PurePath(name).anchor)]
+        path = part.joinpath(*inner)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        alone = path.with_suffix(".png")
+        picture.save(path.with_name(f"{path.name}.png") if alone.exists() else alone)
+
+    yield write
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)

@@ -16,7 +16,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from beit_jax import checkpoint, class_names, limits, progress, run, sharding, task, tasks
-from beit_jax.data.geometry import center_box, resize
+from beit_jax.data import pipeline
+from beit_jax.data.record import Record
 from beit_jax.errors import UserError
 from beit_jax.interop.exporting import outputs_of
 
@@ -30,7 +31,7 @@ class Predictor:
         if built.answers is None:
             raise UserError(
                 f"{weights.source} is of task {config.task}, whose predictions are for no person "
-                "to read; name a run that classifies images."
+                "to read; name a run that classifies or segments."
             )
         self.config, self.answers, self.views = config, built.answers, built.views
         found = task.Weights(weights.params, weights.model_state, built.frozen)
@@ -46,12 +47,20 @@ class Predictor:
 
         Returns:
           an answer for each image; of a classifier the likeliest classes, at most five, as
-          [(name, probability), ...].
+          [(name, probability), ...]; of a segmentation a picture of the image's size with a
+          palette, whose pixels (`np.asarray`) are the classes as label maps number them.
         """
         if not len(images):
             return []
-        examples = [self._example(np.asarray(image)) for image in images]
-        batch = {name: np.stack([example[name] for example in examples]) for name in self.views}
+        data = self.config.data
+        (batch,) = pipeline.eval_batches(
+            _Arrays([self._checked(np.asarray(image)) for image in images]),
+            self.views,
+            batch_size=len(images),
+            eval_crop=data.eval_crop,
+            channels=data.channels,
+            workers=0,
+        )
         rows = jax.device_get(self.predict(batch))
         return [self.answer(rows, i) for i in range(len(images))]
 
@@ -63,17 +72,14 @@ class Predictor:
         """The answer to one row of a prediction on the host."""
         return self.answers.of(jax.tree.map(lambda array: array[row], rows))
 
-    def _example(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        data, shape = self.config.data, image.shape
-        fits = image.dtype == np.uint8 and len(shape) == 3 and shape[-1] == data.channels
+    def _checked(self, image: np.ndarray) -> np.ndarray:
+        channels, shape = self.config.data.channels, image.shape
+        fits = image.dtype == np.uint8 and len(shape) == 3 and shape[-1] == channels
         if not fits or not image.size:
             raise UserError(
-                f"an image is {image.dtype} {shape}; the network reads uint8 [H, W, "
-                f"{data.channels}]."
+                f"an image is {image.dtype} {shape}; the network reads uint8 [H, W, {channels}]."
             )
-        size = next(iter(self.views.values())).size
-        box = center_box(*shape[:2], size, data.eval_crop)
-        return {name: resize(image, view, box) for name, view in self.views.items()}
+        return image
 
 
 def load(path: str) -> Predictor:
@@ -120,13 +126,29 @@ def _discard(_: Path):
     return contextlib.nullcontext(lambda name, answer: None)
 
 
+class _Arrays:
+    """Images in memory as a source."""
+
+    mask_classes = None
+    description = "the images given"
+
+    def __init__(self, images: list[np.ndarray]):
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Record:
+        return Record(self._images[index], -1, f"image {index}")
+
+
 class _Learnt:
     """Stands for the training data, of which prediction needs the class names alone."""
 
     description = "the run"
 
     def __init__(self, names: tuple[str, ...]):
-        self.class_names = names
+        self.class_names = self.mask_classes = names
 
     def __len__(self) -> int:
         return 0

@@ -60,7 +60,7 @@ class Screen:
         """Shows the metrics of update `step`."""
         text = "  ".join(
             f"{name} {numbers[name]:.4g}"
-            for name in ("loss", "accuracy", "usage", "lr")
+            for name in ("loss", "accuracy", "aAcc", "usage", "lr")
             if name in numbers
         )
         rates = getattr(self, "_rates", None)

@@ -47,6 +47,11 @@ RESULTS = {
         ("loss", "loss", "{:.3f}"),
     ),
     "probe": (("probe", "accuracy", "{:.1%}"), ("probe_learning_rate", "learning rate", "{:.3g}")),
+    "segment": (
+        ("mIoU", "mIoU", "{:.1%}"),
+        ("mAcc", "mAcc", "{:.1%}"),
+        ("aAcc", "pixel accuracy", "{:.1%}"),
+    ),
 }
 
 # What the rows of a picture are, by its name and the run's task.

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import jax
-import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
@@ -194,12 +193,7 @@ class Run:
         for split in splits - {config.data.train_split}:
             self._open(split)
         size = eval_batch_size(config, self.mesh)
-        batch = {
-            name: jax.ShapeDtypeStruct((size, *view.size, config.data.channels), np.uint8)
-            for name, view in task.views.items()
-        }
-        batch["label"] = batch["index"] = jax.ShapeDtypeStruct((size,), np.int32)
-        batch["valid"] = jax.ShapeDtypeStruct((size,), bool)
+        batch = pipeline.eval_shapes(task.views, size, config.data.channels)
 
         def scores(key, frozen, batch):
             params, model_state = task.init(key)
@@ -265,7 +259,7 @@ def with_optimizer(task: Task, config, steps: int, examples: int):
     )
     if steps == 0:  # a run that only evaluates its initial weights
         steps, warmup = 1, 0
-    schedule = optimizer.warmup_cosine(peak, c.final_learning_rate, warmup, steps)
+    schedule = optimizer.make_schedule(c.schedule, peak, c.final_learning_rate, warmup, steps)
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     chain = optimizer.make_optimizer(
         params,

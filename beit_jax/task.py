@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from beit_jax.data.pipeline import View
+from beit_jax.data.pipeline import Views
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     KMEANS = 5
     ERASE = 6
     MIX = 7
+    PHOTOMETRIC = 8
 
 
 class Weights(NamedTuple):
@@ -64,7 +65,8 @@ class Task(NamedTuple):
     """Pure functions of one task; `B` is the number of rows that a call sees.
 
     Attributes:
-      views: batch key -> the size and interpolation of that view of a crop.
+      views: batch key -> the size and interpolation of that view of a crop; or scenes, which are
+        images with label maps.
       init: `key -> (params, model_state)`.
       augment: `(batch, keys [B]) -> batch`: what chance does to a global batch of training before
         it is split into microbatches, so that rows may be mixed with each other.
@@ -96,7 +98,7 @@ class Task(NamedTuple):
       answers: how predictions reach a person, or None where they are for no person to read.
     """
 
-    views: Mapping[str, View]
+    views: Views
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
     loss_fn: Callable[..., tuple[tuple[jax.Array, jax.Array], tuple[PyTree, Sums]]]
     eval_fn: Callable[..., Sums]

@@ -28,7 +28,7 @@ def with_preset(config: ConfigDict, presets: Mapping[str, Mapping], name: str) -
 def get_config() -> ConfigDict:
     """Returns the locked tree of all keys."""
     config = ConfigDict()
-    config.task = "mim"  # dvae | vqkd | pixel_decoder | mim | classify | probe
+    config.task = "mim"  # dvae | vqkd | pixel_decoder | mim | classify | probe | segment
     config.seed = 0
 
     config.data = data = ConfigDict()
@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
     data.channels = 3
     data.max_value = 65535  # the value of 16-bit sources that becomes 255
     data.interpolation = "bicubic"
+    # Segmentation cuts by config.segment in place of these two and of eval_crop.
     data.crop_scale = (0.08, 1.0)  # share of the image's area in a random resized crop
     data.crop_ratio = (3 / 4, 4 / 3)  # width over height of that crop
     data.flip = 0.5  # probability of a horizontal flip
@@ -130,14 +131,25 @@ def get_config() -> ConfigDict:
     probe.learning_rates = (1.0,)  # of a head each, as multiples of optimizer.learning_rate
 
     config.segment = segment = ConfigDict()  # UPerNet on the encoder
+    segment.classes = 0  # of the label maps; 0: as many as the data's list of names has
+    segment.reduce_zero_label = False  # whether label maps hold 0 for no class, k + 1 for class k
     segment.taps = (4, 6, 8, 12)  # blocks below each of its four levels, finest first
     segment.pools = (1, 2, 3, 6)  # cells down and across that the coarsest level is averaged over
     segment.auxiliary_width = 256  # channels of the auxiliary head; 0: no such head
     segment.dropout = 0.1  # share of the channels that classes do not see in training
+    segment.auxiliary_weight = 0.4  # of the auxiliary head's loss beside the other's
+    segment.short_side = 512  # pixels that images' shorter side is resized to; 4 times the longer
+    segment.resize = (0.5, 2.0)  # factor on that in training, by chance; data.image_size is cut out
+    segment.max_category = 0.75  # share of a training window that one class may fill
+    segment.photometric = True  # mmsegmentation's distortion of colours in training
+    segment.stride = 341  # pixels between evaluation's windows; 0: images as a whole in one window
+    segment.scales = (1.0,)  # factors on short_side in evaluation, averaged over probabilities
+    segment.mirror = False  # whether evaluation averages over mirrored images too
 
     config.optimizer = optimizer = ConfigDict()  # AdamW
     optimizer.learning_rate = 1.5e-3  # peak
     optimizer.reference_batch = 0  # where the rate is quoted for; 0: absolute, not scaled by batch
+    optimizer.schedule = "cosine"  # cosine | linear; from the peak to
     optimizer.final_learning_rate = 1e-5
     optimizer.warmup_epochs = 10.0
     optimizer.warmup_steps = 0  # updates; overrides warmup_epochs where above 0

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from beit_jax import tasks, train
+from beit_jax.data import pipeline
 from beit_jax.errors import UserError
 from beit_jax.run import with_optimizer
 
@@ -72,13 +73,16 @@ def test_every_recipe_is_built_and_shaped(name, tokenizers, teachers, tmp_path):
     steps = train.total_steps(config, examples)
     task, optimizer = with_optimizer(task, config, steps, examples)
     rows = 2
-    batch = {
-        key: jax.ShapeDtypeStruct((rows, *view.size, config.data.channels), np.uint8)
-        for key, view in task.views.items()
-    }
-    batch["label"] = jax.ShapeDtypeStruct((rows,), np.int32)
+    evaluated = pipeline.eval_shapes(task.views, rows, config.data.channels)
+    batch = {k: v for k, v in evaluated.items() if k not in ("index", "valid")}
+    if config.task == "segment":
+        size = (rows, *config.data.image_size)
+        batch = {
+            "image": jax.ShapeDtypeStruct((*size, config.data.channels), np.uint8),
+            "mask": jax.ShapeDtypeStruct(size, np.uint8),
+        }
 
-    def one_update(key, batch):
+    def one_update(key, batch, evaluated):
         params, model_state = task.init(key)
         state = train.create_state(params, model_state, optimizer, ema=config.train.ema_decay > 0)
         keys = jax.random.split(key, rows)
@@ -90,9 +94,9 @@ def test_every_recipe_is_built_and_shaped(name, tokenizers, teachers, tmp_path):
             has_aux=True,
         )(params)
         optimizer.update(grads, state.opt_state, params)
-        return loss / weight, task.eval_fn(params, model_state, task.frozen, batch, keys)
+        return loss / weight, task.eval_fn(params, model_state, task.frozen, evaluated, keys)
 
-    loss, sums = jax.eval_shape(one_update, jax.random.key(0), batch)
+    loss, sums = jax.eval_shape(one_update, jax.random.key(0), batch, evaluated)
     assert loss.shape == ()
     assert config.eval.best in task.finalize(jax.tree.map(lambda s: np.ones(s.shape), sums))
 

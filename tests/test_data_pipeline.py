@@ -19,9 +19,9 @@ from beit_jax.data.pipeline import (
     Augmentation,
     View,
     eval_batches,
-    shuffled_index,
     train_batches,
 )
+from beit_jax.data.reader import shuffled_index
 from beit_jax.data.record import Record
 from beit_jax.errors import UserError
 

@@ -16,7 +16,18 @@ PACKAGE = ROOT / "beit_jax"
 # From the ground up. A room imports rooms of lower floors and, if it is a folder, its own files.
 FLOORS = [
     {"errors"},
-    {"augment", "command_line", "limits", "losses", "masking", "metrics", "models", "resize"},
+    {
+        "augment",
+        "command_line",
+        "limits",
+        "losses",
+        "masking",
+        "metrics",
+        "models",
+        "photometric",
+        "resize",
+        "windows",
+    },
     {"architecture", "data", "logistic", "optimizer", "pictures", "progress", "sharding"},
     {"checkpoint", "class_names", "interop", "knn", "task"},
     {"frozen"},

@@ -98,6 +98,19 @@ def test_schedule_without_cosine_part_and_with_one_warmup_step():
     assert optimizer.warmup_cosine(1.0, 0.0, 0, 2)(0) == 1.0
 
 
+def test_linear_decay_is_mmcvs_poly_policy_with_linear_warm_up():
+    """By its code: the rate that poly gives, times what warm-up leaves of it."""
+    schedule = optimizer.make_schedule("linear", 7e-4, 0.0, 1500, 160_000)
+    for step in (0, 1, 700, 1499, 1500, 80_000, 159_999, 160_000):
+        regular = 7e-4 * (1 - step / 160_000)
+        share = 1 - (1 - step / 1500) * (1 - 1e-6) if step < 1500 else 1.0
+        np.testing.assert_allclose(schedule(step), regular * share, rtol=1e-5, atol=1e-9)
+    assert optimizer.make_schedule("linear", 1.0, 0.5, 0, 2)(0) == 1.0
+    assert optimizer.make_schedule("linear", 1.0, 0.5, 0, 2)(9) == 0.5
+    with pytest.raises(UserError, match="config.optimizer.schedule='step' .* cosine, linear"):
+        optimizer.make_schedule("step", 1.0, 0.0, 0, 2)
+
+
 def test_three_clipped_steps_match_torch():
     golden = GOLDEN["adamw"]
     params = {"head": {"kernel": jnp.array(golden["w0"]), "bias": jnp.array(golden["b0"])}}
@@ -180,7 +193,7 @@ def test_learning_rate_scales_with_batch_only_where_a_reference_is_set():
 )
 def test_impossible_schedules_name_the_key(arguments, key):
     with pytest.raises(UserError, match=re.escape(key)):
-        optimizer.warmup_cosine(*arguments)
+        optimizer.make_schedule("cosine", *arguments)
 
 
 @pytest.mark.parametrize(

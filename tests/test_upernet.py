@@ -165,17 +165,41 @@ def test_transposed_convolution_stamps_its_kernel():
 # Training.
 
 
-def test_training_normalises_by_the_batch_and_keeps_running_statistics():
+def batch_norm(x, training=True):
+    """PyTorch's documented BatchNorm2d by hand: output, and running statistics from (0, 1)."""
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    n = x.size // x.shape[-1]
+    return (x - mean) / np.sqrt(var + 1e-5), 0.1 * mean, 0.9 + 0.1 * var * n / (n - 1)
+
+
+def test_training_normalises_by_the_batch_and_moves_the_running_statistics():
     layer = upernet.ConvNorm(3, 1, train=True)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 5, 5, 2)), jnp.float32)
     tree = layer.init(FAST_KEY, x)
-    y, updated = layer.apply(tree, x, mutable=["batch_stats"])
+    y, updated = layer.apply(tree, x, mutable=["moments"])
     raw = np.asarray(x) @ np.asarray(tree["params"]["conv"]["kernel"][0, 0])
-    mean, var = raw.mean((0, 1, 2)), raw.var((0, 1, 2))
-    np.testing.assert_allclose(y, np.maximum((raw - mean) / np.sqrt(var + 1e-5), 0), atol=1e-5)
-    statistics = updated["batch_stats"]["norm"]
-    np.testing.assert_allclose(statistics["mean"], 0.1 * mean, atol=1e-6)
-    np.testing.assert_allclose(statistics["var"], 0.9 + 0.1 * var, atol=1e-6)
+    normalised, mean, var = batch_norm(raw)
+    np.testing.assert_allclose(y, np.maximum(normalised, 0), atol=1e-5)
+    statistics = upernet.follow(tree["batch_stats"], updated["moments"])["norm"]
+    np.testing.assert_allclose(statistics["mean"], mean, atol=1e-6)
+    np.testing.assert_allclose(statistics["var"], var, atol=1e-6)
+
+
+def test_microbatches_move_the_running_statistics_as_their_batch_does():
+    layer = upernet.BatchNorm(train=True)
+    x = 1e3 + np.random.default_rng(0).standard_normal((6, 3, 3, 2)).astype(np.float32)
+    start = {"batch_stats": {"mean": jnp.full(2, 999.0), "var": jnp.ones(2)}}
+    tree = start | {"params": {"scale": jnp.ones(2), "bias": jnp.zeros(2)}}
+
+    def moments(x):
+        return layer.apply(tree, x, mutable=["moments"])[1]["moments"]
+
+    parts = jax.tree.map(lambda *sums: sum(sums), *(moments(x[i::3]) for i in range(3)))
+    for found in (moments(x), parts):
+        after = upernet.follow(start["batch_stats"], found)
+        np.testing.assert_allclose(after["mean"], 899.1 + 0.1 * x.mean((0, 1, 2)), rtol=1e-6)
+        unbiased = x.astype(np.float64).var((0, 1, 2), ddof=1)
+        np.testing.assert_allclose(after["var"], 0.9 + 0.1 * unbiased, rtol=1e-5)
 
 
 def test_dropped_channels_follow_the_rows_keys():
@@ -200,13 +224,17 @@ def test_only_keys_make_training_random():
     np.testing.assert_allclose(dropped.levels[3], plain.levels[3], rtol=1e-5)
 
 
-def test_every_statistic_is_updated_in_training():
+def test_every_statistic_is_moved_in_training():
     network = tiny()
-    tree = jax.eval_shape(network.init, FAST_KEY, IMAGES)
-    train = partial(network.apply, train=True, mutable=["batch_stats"])
-    _, updated = jax.eval_shape(train, tree, IMAGES)
-    assert jax.tree.structure(updated["batch_stats"]) == jax.tree.structure(tree["batch_stats"])
-    jaxpr = jax.make_jaxpr(train)(tree, IMAGES)
+    tree = variables(network)
+
+    def after(tree):
+        train = partial(network.apply, train=True, mutable=["moments"])
+        return upernet.follow(tree["batch_stats"], train(tree, IMAGES)[1]["moments"])
+
+    shapes = jax.eval_shape(after, tree)
+    assert jax.tree.structure(shapes) == jax.tree.structure(tree["batch_stats"])
+    jaxpr = jax.make_jaxpr(after)(tree)
     kept = set(jaxpr.jaxpr.outvars) & set(jaxpr.jaxpr.invars)
     assert not kept  # none goes through as it came
 

@@ -18,6 +18,7 @@ from configs import (
     digits_mim,
     digits_pixel_decoder,
     digits_probe,
+    digits_segment,
     digits_vqkd,
 )
 
@@ -28,11 +29,14 @@ RECIPES = {
     "classify": digits_classify,
     "vqkd": digits_vqkd,
     "probe": digits_probe,
+    "segment": digits_segment,
 }
 
 
 class Images:
     """As much of a `Source` as building a task takes."""
+
+    mask_classes = ()  # label maps of classes without names
 
     def __init__(self, number: int, class_names: tuple[str, ...] = ()):
         self.number, self.class_names = number, class_names
@@ -52,6 +56,9 @@ def config(task: str, **changes):
             "dvae.width": 8,
             "dvae.vocabulary": 16,
             "dvae.decoder_input": 8,
+            "segment.classes": 0,  # the data's
+            "segment.taps": (1, 1, 2, 2),
+            "segment.auxiliary_width": 8,
             "vqkd.codes": 16,
             "vqkd.code_width": 8,
             "vqkd.teacher_width": 32,

@@ -34,6 +34,7 @@ _TURNS = {  # EXIF orientation -> the operation that undoes it; 1 is upright
     7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
     8: lambda image: image.swapaxes(0, 1)[::-1],
 }
+_HEADED = (b"\xff\xd8\xff", b"\x89PNG\r\n")  # of which Pillow tells the size at once: JPEG, PNG
 _ORIENTATION = 274  # the tag's number, in EXIF and in TIFF
 
 
@@ -75,6 +76,19 @@ def read_pixels(image: bytes | np.ndarray) -> Pixels:
     if pixels.values.dtype not in (np.uint8, np.uint16):
         raise BadImage(f"its pixels are {pixels.values.dtype}; uint8 and uint16 can be read")
     return pixels
+
+
+def read_size(image: bytes | np.ndarray) -> tuple[int, int]:
+    """Height and width that `decode` will give an image; most files need not be decoded for it."""
+    if not isinstance(image, np.ndarray) and image.startswith(_HEADED):
+        try:
+            with Image.open(io.BytesIO(image)) as picture:
+                width, height = picture.size
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BadImage(f"its head is broken ({error})") from None
+        upright = _exif_orientation(image) <= 4  # the others lie on their side
+        return (height, width) if upright else (width, height)
+    return read_pixels(image).values.shape[:2]
 
 
 def _from_bytes(data: bytes) -> Pixels:

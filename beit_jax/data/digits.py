@@ -2,14 +2,36 @@
 
 import numpy as np
 
+from beit_jax.data.decode import read_pixels
+from beit_jax.data.masks import LabelMap
 from beit_jax.data.record import Record
-from beit_jax.data.tfds_store import dataset_dir, write_dataset
+from beit_jax.data.tfds_store import TfdsSource, dataset_dir, write_dataset
 
 NAME = "digits"
 SPLITS = {"train": 1097, "validation": 350, "test": 350}  # of 1,797 images
 CLASSES = tuple(str(digit) for digit in range(10))
 _DESCRIPTION = "scikit-learn's digits: 1,797 handwritten digits of 8x8 pixels, grey values 0 to 16."
 _SEED = 0  # of the split; part of the data set, so no setting
+
+
+INK = 128  # the grey value from which a pixel belongs to a stroke
+
+
+class Digits(TfdsSource):
+    """One split of the digits; a `Source` with label maps: a stroke's pixels are its digit.
+
+    Ink is a matter of brightness; which digit's it is, only the whole stroke tells.
+    """
+
+    mask_classes = ("background", *CLASSES)
+
+    def __init__(self, split: str, data_dir: str):
+        super().__init__(NAME, split, data_dir)
+
+    def mask(self, index: int) -> LabelMap:
+        image, label, name = self[index]
+        ink = read_pixels(image).values[..., 0] >= INK
+        return LabelMap(np.where(ink, label + 1, 0).astype(np.uint8), name)
 
 
 def ensure_digits(data_dir: str) -> None:

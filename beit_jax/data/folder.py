@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from beit_jax.data.decode import SUFFIXES
-from beit_jax.data.record import Record
+from beit_jax.data.record import Record, Source
 from beit_jax.errors import UserError
 
 ALL = "all"  # the split that is all splits
@@ -23,6 +23,8 @@ SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "test
 
 class FolderSource:
     """One split of a folder; a `Source`."""
+
+    mask_classes = None
 
     def __init__(
         self, root: Path, names: list[str], labels: np.ndarray, classes: tuple[str, ...], split: str
@@ -50,25 +52,25 @@ class FolderSource:
         return self._labels
 
     @classmethod
-    def union(cls, root: Path, splits: dict[str, "FolderSource"]) -> "FolderSource":
+    def union(cls, splits: dict[str, "FolderSource"]) -> "FolderSource":
         """All examples of some splits of one folder, by path."""
         names = [name for source in splits.values() for name in source._names]
         labels = np.concatenate([source._labels for source in splits.values()])
         order = sorted(range(len(names)), key=names.__getitem__)
-        classes = next(iter(splits.values())).class_names
-        return cls(root, [names[i] for i in order], labels[order], classes, ALL)
+        first = next(iter(splits.values()))
+        root, names = Path(first._root), [names[i] for i in order]
+        return cls(root, names, labels[order], first.class_names, ALL)
 
 
-def open_folder(path: str, split: str, holdout: float) -> FolderSource:
-    """Opens a split of the folder; raises UserError where there is nothing to open."""
+def choose_split(path: str, split: str, splits: dict[str, Source]) -> Source:
+    """The split of a folder's `splits`; raises UserError where there is none of that name."""
     if "[" in split or "%" in split:
         raise UserError(
             f"the split {split!r} is a slice, which a folder does not have: use train, validation, "
             "test or all, and set config.data.holdout for the share that is held out."
         )
-    splits = folder_splits(path, holdout)
     if split == ALL:
-        return FolderSource.union(_root(path), splits)
+        return type(next(iter(splits.values()))).union(splits)
     if split not in splits:
         raise UserError(
             f"folder:{path} has no split {split!r}: it has {', '.join(splits)} (from its folders "

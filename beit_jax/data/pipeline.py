@@ -8,40 +8,32 @@ number, the global batches consumed. Grain reads ahead and batches.
 
 import atexit
 import contextlib
-import functools
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import grain
+import jax
 import numpy as np
 
-from beit_jax.data import rand_augment
 from beit_jax.data.bad_files import BadFiles
-from beit_jax.data.decode import BadImage, decode
-from beit_jax.data.geometry import (
-    DRAWS,
-    Augmentation,
-    View,
-    center_box,
-    check_views,
-    random_crop,
-    resize,
-)
-from beit_jax.data.record import Record, Source
+from beit_jax.data.geometry import Augmentation, View, check_views
+from beit_jax.data.reader import ViewReader
+from beit_jax.data.record import Source
+from beit_jax.data.scenes import SceneReader, Scenes
 from beit_jax.errors import UserError
 
-__all__ = ["Augmentation", "View", "eval_batches", "train_batches"]
+__all__ = ["Augmentation", "Scenes", "View", "Views", "eval_batches", "train_batches"]
 
 Batch = dict[str, np.ndarray]
-_MAX_NEIGHBOURS = 100  # unreadable images in a row; then nearly all of them are
+Views = Mapping[str, View] | Scenes  # what is seen of an example
 
 
 def train_batches(
     source: Source,
-    views: dict[str, View],
+    views: Views,
     augmentation: Augmentation,
     *,
     batch_size: int,
@@ -62,8 +54,9 @@ def train_batches(
 
     Args:
         source: a split with random access.
-        views: name -> view; all views of an example are resizes of one crop and flip.
-        augmentation: of that crop and flip.
+        views: name -> view; all views of an example are resizes of one crop and flip. Or scenes:
+            images with label maps, see `scenes`.
+        augmentation: of that crop and flip; of scenes the flip alone.
         batch_size: examples of a global batch, over all processes.
         seed: of order and augmentation.
         start: global batches already consumed; costs nothing.
@@ -74,27 +67,27 @@ def train_batches(
         process_index, process_count: which contiguous rows of a batch are this process's.
 
     Returns:
-        An iterator of {view name: uint8 [b, H, W, channels], "label": int32 [b]} with
-        b = batch_size / process_count. Its `close()` stops the threads.
+        An iterator of {view name: uint8 [b, H, W, channels], "label": int32 [b]}, or of scenes
+        {"image": uint8 [b, H, W, channels], "mask": uint8 [b, H, W]}, with b = batch_size /
+        process_count. Its `close()` stops the threads.
 
     Raises:
         UserError: here, for a batch that the processes cannot share or an interpolation that does
             not exist; from the iterator, when too many images are unreadable.
     """
-    check_views(views)
     rows = _Rows(batch_size, process_index, process_count)
     bad = BadFiles(len(source), max_bad_share, bad_files)
-    reader = _Reader(source, views, channels, max_value, bad)
+    make = _make_reader(source, views, channels, max_value, bad).training(seed, augmentation)
 
     def example(index: int) -> Batch:
-        return reader.train_example(rows.position(index, start), seed, augmentation)
+        return make(rows.position(index, start))
 
     return _iterate(_Examples(example, sys.maxsize // 2), rows.local, workers)
 
 
 def eval_batches(
     source: Source,
-    views: dict[str, View],
+    views: Views,
     *,
     batch_size: int,
     eval_crop: float,
@@ -117,32 +110,20 @@ def eval_batches(
     Returns:
         An iterator of {view name: uint8 [b, H, W, channels], "label": int32 [b], "index": int32
         [b], "valid": bool [b]}; index is the example's place in the split, and goes on counting
-        in filling rows, where label is -1.
+        in filling rows, where label is -1. Of scenes {"image_<side>": uint8 [b, *, *, channels]
+        and "size_<side>": int32 [b, 2] (height and width of what of it is the image) for every
+        view, "mask": uint8 [b, *, *] and "shape": int32 [b, 2] likewise of the label map, "index",
+        "valid"}, with all of an image in view; nothing is labelled where the source has no masks.
     """
-    check_views(views)
     rows = _Rows(batch_size, process_index, process_count)
     bad = BadFiles(len(source), max_bad_share, bad_files)
-    reader = _Reader(source, views, channels, max_value, bad)
+    make = _make_reader(source, views, channels, max_value, bad).evaluation(eval_crop)
 
     def example(index: int) -> Batch:
-        return reader.eval_example(rows.position(index, 0), eval_crop)
+        return make(rows.position(index, 0))
 
     batches = -(-len(source) // batch_size)
     return _iterate(_Examples(example, batches * rows.local), rows.local, workers)
-
-
-def shuffled_index(position: int, seed: int, length: int) -> int:
-    """The example of a source of `length` that is read at `position`; O(1) in time and space."""
-    epoch, place = divmod(position, length)
-    return grain.experimental.index_shuffle(
-        place, max_index=length - 1, seed=_epoch_seed(seed, epoch), rounds=4
-    )
-
-
-@functools.lru_cache(maxsize=16)
-def _epoch_seed(seed: int, epoch: int) -> int:
-    # Hashed, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
 
 
 class _Rows(NamedTuple):
@@ -212,70 +193,16 @@ def _close_iterators() -> None:
             iterator.close()
 
 
-class _Reader(NamedTuple):
-    """Makes one example."""
+def eval_shapes(views: Views, rows: int, channels: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of `eval_batches`; scenes' depend on the split, here on none."""
+    reader = _make_reader((), views, channels, 255, BadFiles(0, 0, None))
+    beyond = reader.evaluation(1.0)(0)
+    return {name: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype) for name, x in beyond.items()}
 
-    source: Source
-    views: dict[str, View]
-    channels: int
-    max_value: int
-    bad: BadFiles
 
-    def train_example(self, position: int, seed: int, augmentation: Augmentation) -> Batch:
-        image, label = self._readable(position, seed)
-        # A counter-based generator keyed by (seed, position): no state is carried along.
-        key = np.array([seed, position], np.uint64)
-        generator = np.random.Generator(np.random.Philox(key=key))
-        draws = generator.random(DRAWS + 1)
-        scale, ratio = augmentation.crop_scale, augmentation.crop_ratio
-        top, left, height, width = random_crop(*image.shape[:2], scale, ratio, draws[:DRAWS])
-        # Cut first: the resampling kernel must not see beyond the crop, as in torchvision.
-        crop = image[top : top + height, left : left + width]
-        if draws[DRAWS] < augmentation.flip:
-            crop = crop[:, ::-1]
-        crop = np.ascontiguousarray(crop)
-        example = {name: resize(crop, view) for name, view in self.views.items()}
-        if augmentation.magnitude:
-            plan, mean = rand_augment.draw(generator, augmentation.magnitude), augmentation.mean
-            example = {n: rand_augment.apply(image, plan, mean) for n, image in example.items()}
-        return {**example, "label": np.int32(label)}
-
-    def eval_example(self, index: int, eval_crop: float) -> Batch:
-        image, label = None, -1
-        if index < len(self.source):
-            image, label = self._read(index)
-        if image is None:
-            empty = np.zeros((1, 1, self.channels), np.uint8)
-            example = {name: resize(empty, view) for name, view in self.views.items()}
-        else:
-            size = next(iter(self.views.values())).size
-            box = center_box(*image.shape[:2], size, eval_crop)
-            example = {name: resize(image, view, box) for name, view in self.views.items()}
-        return {
-            **example,
-            "label": np.int32(label),
-            "index": np.int32(index),
-            "valid": np.bool_(image is not None),
-        }
-
-    def _readable(self, position: int, seed: int) -> tuple[np.ndarray, int]:
-        """The image at a position, or the next readable one in the order of its epoch."""
-        length = len(self.source)
-        epoch, place = divmod(position, length)
-        for step in range(min(length, _MAX_NEIGHBOURS)):
-            neighbour = epoch * length + (place + step) % length
-            image, label = self._read(shuffled_index(neighbour, seed, length))
-            if image is not None:
-                return image, label
-        raise self.bad.error(f"{step + 1} images in a row")
-
-    def _read(self, index: int) -> tuple[np.ndarray | None, int]:
-        """Image and label; no image, and a note in the list, where it cannot be read."""
-        record = Record(b"", -1, f"example {index}")
-        try:
-            record = self.source[index]
-            image = decode(record.image, channels=self.channels, max_value=self.max_value)
-        except (BadImage, OSError) as error:
-            self.bad.add(index, record.name, str(error))
-            return None, record.label
-        return image, record.label
+def _make_reader(source, views, channels, max_value, bad) -> ViewReader | SceneReader:
+    if isinstance(views, Scenes):
+        check_views({"image": View(views.size, views.interpolation)})
+        return SceneReader(source, views, channels, max_value, bad)
+    check_views(views)
+    return ViewReader(source, views, channels, max_value, bad)

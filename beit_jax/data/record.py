@@ -4,6 +4,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from beit_jax.data.masks import LabelMap
+
 
 class Record(NamedTuple):
     """One example before decoding."""
@@ -17,11 +19,14 @@ class Source(Protocol):
     """A split of a data set with random access, safe to read from several threads.
 
     `class_names` is empty where nothing is labelled, and the same for all splits of a data set.
+    `mask_classes` is None where images have no label maps (such sources have no `mask` either);
+    else what their pixels are told apart as, empty where nothing names it.
     `description` tells a person what was opened; `fingerprint` changes when the examples, their
     order or their labels do (pixels are not read for it).
     """
 
     class_names: tuple[str, ...]
+    mask_classes: tuple[str, ...] | None
     description: str
     fingerprint: str
 
@@ -36,3 +41,6 @@ class Source(Protocol):
 
     def labels(self) -> np.ndarray:
         """All labels, int32 [len], without decoding an image."""
+
+    def mask(self, index: int) -> LabelMap:
+        """The label map of example `index`; raises OSError where it cannot be read."""

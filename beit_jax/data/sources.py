@@ -3,9 +3,11 @@
 import numpy as np
 
 from beit_jax.data.digits import NAME as DIGITS
-from beit_jax.data.digits import ensure_digits
-from beit_jax.data.folder import open_folder
+from beit_jax.data.digits import Digits, ensure_digits
+from beit_jax.data.folder import choose_split, folder_splits
+from beit_jax.data.masks import LabelMap
 from beit_jax.data.record import Record, Source
+from beit_jax.data.scene_folder import is_scene_folder, scene_splits
 from beit_jax.data.tfds_store import TfdsSource
 from beit_jax.errors import UserError
 
@@ -16,7 +18,8 @@ def open_source(source: str, split: str, *, data_dir: str = "", holdout: float =
     """Opens a split of a data set.
 
     Args:
-        source: `digits`, `folder:PATH` or `tfds:NAME[/CONFIG][:VERSION]`.
+        source: `digits`, `folder:PATH` (with label maps where it holds images/ and annotations/)
+            or `tfds:NAME[/CONFIG][:VERSION]`.
         split: train, validation, test or all; for TFDS a slice such as `train[99%:]` too.
         data_dir: where TFDS data sets lie; "" is TFDS's default.
         holdout: share of a folder without train/ and validation/ that is its validation split.
@@ -29,9 +32,10 @@ def open_source(source: str, split: str, *, data_dir: str = "", holdout: float =
     kind, _, rest = source.partition(":")
     if source == DIGITS:
         ensure_digits(data_dir)
-        return TfdsSource(DIGITS, split, data_dir)
+        return Digits(split, data_dir)
     if kind == "folder" and rest:
-        return open_folder(rest, split, holdout)
+        splits = scene_splits if is_scene_folder(rest) else folder_splits
+        return choose_split(rest, split, splits(rest, holdout))
     if kind == "tfds" and rest:
         return TfdsSource(rest, split, data_dir)
     raise UserError(
@@ -45,7 +49,7 @@ class _Subset:
 
     def __init__(self, source: Source, indices: np.ndarray, what: str):
         self._source, self._indices = source, indices
-        self.class_names = source.class_names
+        self.class_names, self.mask_classes = source.class_names, source.mask_classes
         self.description = f"{source.description}, {what}: {len(indices):,} images"
         self.fingerprint = f"{source.fingerprint}:{what}"
 
@@ -57,6 +61,9 @@ class _Subset:
 
     def name(self, index: int) -> str:
         return self._source.name(int(self._indices[index]))
+
+    def mask(self, index: int) -> LabelMap:
+        return self._source.mask(int(self._indices[index]))
 
     def labels(self) -> np.ndarray:
         return self._source.labels()[self._indices]

@@ -37,6 +37,8 @@ def data_root(data_dir: str) -> Path:
 class TfdsSource:
     """One split, or slice of one, of a TFDS data set in ArrayRecord; a `Source`."""
 
+    mask_classes = None
+
     def __init__(self, name: str, split: str, data_dir: str):
         builder = tfds.builder_from_directory(str(find_dataset(name, data_dir)))
         features = builder.info.features

@@ -98,12 +98,14 @@ def describe(task: str, head: str | None, shapes: Shapes, hints: Hints) -> Descr
     config = beit.encoder_config(official, hints)
     stated, notes = hugging_face_config.read(hints, config)
     config |= stated
+    outputs = shapes[f"{head}.weight"][0] if head else 0
     if task == "segment":
         taps, more = hugging_face_config.read_taps(hints, config["model.depth"])
         pools = tuple(hints.about.get("pool_scales", segmentation.POOLS))
         config |= segmentation.head_config(shapes, "classifier", pools) | {"segment.taps": taps}
+        size, reduced = config["data.image_size"], hugging_face_config.reduces_labels(hints)
+        config |= segmentation.evaluation_config(min(size), outputs, reduced)
         notes = (*notes, *more)
-    outputs = shapes[f"{head}.weight"][0] if head else 0
     kind = table.family.removeprefix("Hugging Face ")
     label = f"Hugging Face BEiT {beit.size_of(config)}, {kind}"
     return Description(label, task, outputs, config, notes)

@@ -80,6 +80,12 @@ def read_taps(hints: Hints, depth: int) -> tuple[tuple[int, ...], tuple[str, ...
     return taps, (note,)
 
 
+def reduces_labels(hints: Hints) -> bool:
+    """Whether label maps hold 0 for no class; the flag had a shorter name once."""
+    about = hints.preprocessing
+    return bool(about.get("do_reduce_labels", about.get("reduce_labels", False)))
+
+
 def _read_preprocessing(
     about: Mapping, size: tuple[int, int], channels: int
 ) -> tuple[dict, list[str]]:
@@ -278,6 +284,7 @@ def preprocessor_json(config: Mapping) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
+        "do_reduce_labels": config["segment"]["reduce_zero_label"],
         "image_mean": per_channel(model["mean"]),
         "image_std": per_channel(model["std"]),
     }

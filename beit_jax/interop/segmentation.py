@@ -82,6 +82,17 @@ def head_config(shapes: Shapes, classes: str, pools: tuple[int, ...] = POOLS) ->
     return {"segment.pools": pools, "segment.auxiliary_width": auxiliary[1]}
 
 
+def evaluation_config(size: int, classes: int, reduce_zero_label: bool) -> dict:
+    """How evaluation shows a network whole scenes: by windows, two thirds of one apart."""
+    return {
+        "segment.classes": classes,
+        "segment.reduce_zero_label": reduce_zero_label,
+        "segment.short_side": size,
+        "segment.stride": size * 2 // 3,  # 341 of 512 and 426 of 640, as published
+        "eval.batch_size": 8,
+    }
+
+
 _TAPS = {12: (4, 6, 8, 12), 24: (8, 12, 16, 24)}  # base and large
 _CLASSES = "conv_seg"
 
@@ -121,10 +132,11 @@ def _describe(shapes: Shapes, hints: Hints, prefix: str) -> Description:
         "data.eval_crop": 1.0,
     }
     note = (
-        f"mean {mean}, std {std}, bilinear resizing and levels after {_TAPS[depth]} blocks are "
-        "assumed, as in the official ADE20K configs"
+        f"mean {mean}, std {std}, bilinear resizing, label maps with 0 for no class and levels "
+        f"after {_TAPS[depth]} blocks are assumed, as in the official ADE20K configs"
     )
     outputs = shapes.get(f"decode_head.{_CLASSES}.weight", (0,))[0]
+    config |= evaluation_config(min(config["data.image_size"]), outputs, reduce_zero_label=True)
     what = "segmentation (UPerNet)" if outputs else "segmentation backbone"
     return Description(f"BEiT {beit.size_of(config)}, {what}", "segment", outputs, config, (note,))
 

@@ -4,22 +4,21 @@ Sources: beit/semantic_segmentation/backbone/beit.py, lines 336-350 and 429-444;
 Unified Perceptual Parsing; mmsegmentation 0.11's UPerHead and FCNHead.
 """
 
+from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.nn import initializers
 
 from beit_jax.errors import UserError
 from beit_jax.models.layers import TORCH_INIT
 from beit_jax.models.vit import ViT, block_keys
 
-# Statistics are PyTorch's, but for the running variance: there it is that of n - 1 degrees of
-# freedom, here of n. Over a sharded batch they are those of the whole batch (SyncBN).
-BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5, use_fast_variance=False)
 _RELU_KERNEL = initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -35,7 +34,7 @@ class Segmenter(nn.Module):
     """The encoder under a pyramid, UPerNet's head and a small auxiliary head.
 
     Without classes there is only encoder and pyramid. Collections are "params" and "batch_stats",
-    the running statistics of BatchNorm.
+    the running statistics of BatchNorm; training can also give "moments", see `follow`.
     """
 
     encoder: ViT
@@ -54,7 +53,7 @@ class Segmenter(nn.Module):
         Args:
           images: [B, H, W, ch], normalised.
           keys: [B] random keys for stochastic depth and dropout in training, None otherwise.
-          train: whether BatchNorm uses the batch's statistics, and updates the running ones.
+          train: whether BatchNorm uses the batch's statistics, not the running ones.
 
         Raises:
           UserError: for taps that are not four depths of the encoder.
@@ -101,7 +100,7 @@ class Pyramid(nn.Module):
     def __call__(self, maps: list[jax.Array]) -> tuple[jax.Array, ...]:
         double = partial(UpConv, dtype=self.dtype)
         x = double(name="up_0_first")(maps[0])
-        x = BatchNorm(use_running_average=not self.train, dtype=self.dtype, name="up_0_norm")(x)
+        x = BatchNorm(self.train, self.dtype, name="up_0_norm")(x)
         x = double(name="up_0_second")(nn.gelu(x, approximate=False))
         half = nn.max_pool(maps[3], (2, 2), strides=(2, 2))
         return x, double(name="up_1")(maps[1]), maps[2], half
@@ -152,8 +151,60 @@ class ConvNorm(nn.Module):
         conv = nn.Conv(
             self.width, kernel, use_bias=False, kernel_init=_RELU_KERNEL, dtype=dtype, name="conv"
         )
-        norm = BatchNorm(use_running_average=not self.train, dtype=dtype, name="norm")
-        return nn.relu(norm(conv(x)))
+        return nn.relu(BatchNorm(self.train, dtype, name="norm")(conv(x)))
+
+
+class BatchNorm(nn.Module):
+    """Normalises the channels of [B, h, w, D] by the batch's statistics, or by the running ones.
+
+    Statistics are float32; over a sharded batch they are those of the whole batch (PyTorch's
+    SyncBatchNorm). Training leaves the running ones alone and gives, in collection "moments", sums
+    that add up over microbatches, from which `follow` moves them.
+    """
+
+    train: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[-1:]
+        mean = running = self.variable("batch_stats", "mean", jnp.zeros, shape).value
+        var = self.variable("batch_stats", "var", jnp.ones, shape).value
+        scale = self.param("scale", initializers.ones, shape)
+        bias = self.param("bias", initializers.zeros, shape)
+        x = x.astype(jnp.float32)
+        if self.train:
+            mean = x.mean((0, 1, 2))
+            var = jnp.square(x - _row(mean)).mean((0, 1, 2))
+            # About the running mean, which is near: squares of large means would swallow the rest.
+            count, away = jnp.full(shape, x.size // x.shape[-1], jnp.float32), mean - running
+            sums = jnp.stack([count, count * away, count * (var + jnp.square(away))])
+            self.sow("moments", "sums", sums, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        gain = scale * jax.lax.rsqrt(var + 1e-5)
+        return ((x - _row(mean)) * _row(gain) + _row(bias)).astype(self.dtype)
+
+
+def follow(
+    batch_stats: Mapping[str, Any], moments: Mapping[str, Any], momentum: float = 0.1
+) -> dict[str, Any]:
+    """The running statistics after an update, from the "moments" of all of its images.
+
+    As PyTorch's BatchNorm: a share `momentum` of the way to the batch's mean and to its variance of
+    n - 1 degrees of freedom.
+    """
+    running = flatten_dict(batch_stats)
+    for (*norm, _), (count, away, square) in flatten_dict(moments).items():
+        mean, var = (*norm, "mean"), (*norm, "var")
+        away = away / count
+        variance = (square / count - jnp.square(away)) * count / jnp.maximum(count - 1, 1)
+        running[mean] = running[mean] + momentum * away
+        running[var] = running[var] + momentum * (variance - running[var])
+    return unflatten_dict(running)
+
+
+def _row(values: jax.Array) -> jax.Array:
+    """[D] as [1, 1, 1, D]."""
+    return values[None, None, None]
 
 
 class UpConv(nn.Module):

@@ -6,7 +6,7 @@ from pathlib import Path
 from beit_jax.data.record import Source
 from beit_jax.errors import UserError
 from beit_jax.task import Task
-from beit_jax.tasks import classify, dvae, mim, pixel_decoder, probe, vqkd
+from beit_jax.tasks import classify, dvae, mim, pixel_decoder, probe, segment, vqkd
 
 BUILDERS: dict[str, Callable[..., Task]] = {
     "dvae": dvae.build,
@@ -15,6 +15,7 @@ BUILDERS: dict[str, Callable[..., Task]] = {
     "mim": mim.build,
     "classify": classify.build,
     "probe": probe.build,
+    "segment": segment.build,
 }
 
 

@@ -1,0 +1,120 @@
+"""One example: read, decoded and cut, as a pure function of (seed, position).
+
+Epochs are permutations of the source. An image that cannot be read gives way to the next one in its
+epoch's order, so that nothing shifts.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+from beit_jax.data import rand_augment
+from beit_jax.data.bad_files import BadFiles
+from beit_jax.data.decode import BadImage, decode
+from beit_jax.data.geometry import DRAWS, Augmentation, View, center_box, random_crop, resize
+from beit_jax.data.record import Record, Source
+
+Example = dict[str, np.ndarray]
+_MAX_NEIGHBOURS = 100  # unreadable images in a row; then nearly all of them are
+
+
+def shuffled_index(position: int, seed: int, length: int) -> int:
+    """The example of a source of `length` that is read at `position`; O(1) in time and space."""
+    epoch, place = divmod(position, length)
+    return grain.experimental.index_shuffle(
+        place, max_index=length - 1, seed=_epoch_seed(seed, epoch), rounds=4
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _epoch_seed(seed: int, epoch: int) -> int:
+    # Hashed, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+
+def generator(position: int, seed: int) -> np.random.Generator:
+    """What chance decides about the example at a position."""
+    # Counter-based, keyed by (seed, position): no state is carried along.
+    return np.random.Generator(np.random.Philox(key=np.array([seed, position], np.uint64)))
+
+
+class Reader:
+    """Images of a source, decoded, with what belongs to them: here their labels."""
+
+    def __init__(self, source: Source, channels: int, max_value: int, bad: BadFiles):
+        self.source, self.channels = source, channels
+        self._max_value, self._bad = max_value, bad
+
+    def belonging(self, index: int, record: Record, image: np.ndarray) -> Any:
+        """What belongs to the image; raises BadImage or OSError where that cannot be read."""
+        return record.label
+
+    def read(self, index: int) -> tuple[np.ndarray, Any] | None:
+        """An image uint8 [H, W, ch] and what belongs to it; None, and a note, if unreadable."""
+        record = Record(b"", -1, f"example {index}")
+        try:
+            record = self.source[index]
+            image = decode(record.image, channels=self.channels, max_value=self._max_value)
+            return image, self.belonging(index, record, image)
+        except (BadImage, OSError) as error:
+            self._bad.add(index, record.name, str(error))
+            return None
+
+    def readable(self, position: int, seed: int) -> tuple[np.ndarray, Any]:
+        """`read` at a position of training, or the next readable one in the order of its epoch."""
+        length = len(self.source)
+        epoch, place = divmod(position, length)
+        for step in range(min(length, _MAX_NEIGHBOURS)):
+            neighbour = epoch * length + (place + step) % length
+            if found := self.read(shuffled_index(neighbour, seed, length)):
+                return found
+        raise self._bad.error(f"{step + 1} images in a row")
+
+
+class ViewReader(Reader):
+    """Examples as views: all of an example are resizes of one crop and flip."""
+
+    def __init__(self, source: Source, views: Mapping[str, View], *reading):
+        super().__init__(source, *reading)
+        self._views = views
+
+    def training(self, seed: int, augmentation: Augmentation) -> Callable[[int], Example]:
+        """The function from a position to its example."""
+        return functools.partial(self._training_example, seed, augmentation)
+
+    def evaluation(self, eval_crop: float) -> Callable[[int], Example]:
+        """The function from an index to its example; beyond the source black and not valid."""
+        return functools.partial(self._evaluation_example, eval_crop)
+
+    def _training_example(self, seed: int, augmentation: Augmentation, position: int) -> Example:
+        image, label = self.readable(position, seed)
+        chance = generator(position, seed)
+        draws = chance.random(DRAWS + 1)
+        scale, ratio = augmentation.crop_scale, augmentation.crop_ratio
+        top, left, height, width = random_crop(*image.shape[:2], scale, ratio, draws[:DRAWS])
+        # Cut first: the resampling kernel must not see beyond the crop, as in torchvision.
+        crop = image[top : top + height, left : left + width]
+        if draws[DRAWS] < augmentation.flip:
+            crop = crop[:, ::-1]
+        crop = np.ascontiguousarray(crop)
+        example = {name: resize(crop, view) for name, view in self._views.items()}
+        if augmentation.magnitude:
+            plan, mean = rand_augment.draw(chance, augmentation.magnitude), augmentation.mean
+            example = {n: rand_augment.apply(image, plan, mean) for n, image in example.items()}
+        return {**example, "label": np.int32(label)}
+
+    def _evaluation_example(self, eval_crop: float, index: int) -> Example:
+        found = self.read(index) if index < len(self.source) else None
+        image, label = found or (np.zeros((1, 1, self.channels), np.uint8), -1)
+        size = next(iter(self._views.values())).size
+        box = center_box(*image.shape[:2], size, eval_crop)
+        example = {name: resize(image, view, box) for name, view in self._views.items()}
+        return {
+            **example,
+            "label": np.int32(label),
+            "index": np.int32(index),
+            "valid": np.bool_(found is not None),
+        }
