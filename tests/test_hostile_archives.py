@@ -205,9 +205,9 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs_are_refused_in_bounded_time(bomb, tmp_path):
     instructions, said = BOMBS[bomb]
-    start = time.perf_counter()
+    start = time.process_time()
     assert said in refusal(tmp_path, pickled(instructions))
-    assert time.perf_counter() - start < 10  # seconds, for what takes one
+    assert time.process_time() - start < 10  # seconds of the processor, for what takes one
 
 
 def test_deep_values_beside_the_tensors_are_told_in_part(tmp_path):
@@ -230,7 +230,7 @@ def test_mutated_archives_give_an_error_or_an_archive(tmp_path):
     for number, content in enumerate(mutations([p.read_bytes() for p in SEEDS], 2400, seed=0)):
         path = tmp_path / str(number)
         path.write_bytes(content)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             found = read(str(path))
             total = sum(np.array(value).nbytes for value in found.tensors.values())
@@ -239,7 +239,7 @@ def test_mutated_archives_give_an_error_or_an_archive(tmp_path):
         except UserError as error:
             assert str(error).startswith(str(path)) and "\n" not in str(error)
             outcomes[False] += 1
-        longest = max(longest, time.perf_counter() - start)
+        longest = max(longest, time.process_time() - start)
         path.unlink()
     watching = False
     assert not seen and longest < 5
