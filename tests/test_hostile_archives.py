@@ -207,7 +207,7 @@ def test_bombs_are_refused_in_bounded_time(bomb, tmp_path):
     instructions, said = BOMBS[bomb]
     start = time.process_time()
     assert said in refusal(tmp_path, pickled(instructions))
-    assert time.process_time() - start < 10  # seconds of the processor, for what takes one
+    assert time.process_time() - start < 30  # seconds of the processor, for what takes a few
 
 
 def test_deep_values_beside_the_tensors_are_told_in_part(tmp_path):
