@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from absl import flags
+
 from beit_jax.errors import UserError
 
 
@@ -19,6 +21,24 @@ def make_parser(module: str, description: str, examples: str) -> tuple[Parser, d
     """The parser of `python -m <module>`, and what its sub-commands' `add_parser` takes too."""
     layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": examples}
     return Parser(prog=f"python -m {module}", description=description, **layout), layout
+
+
+def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
+    """Parses flags with a `config` among them, and returns what is left of `argv`.
+
+    Raises:
+      UserError: one sentence, with the nearest neighbour of a misspelt key.
+    """
+    try:
+        rest = values(argv)
+        config = values["config"].value
+        _ = config and config.task  # a file that cannot be loaded fails when read
+    except (flags.Error, AttributeError, LookupError, TypeError, OSError, SyntaxError) as error:
+        lines = str(error).replace("\\n", "\n").splitlines()
+        # What a config file raises arrives with its traceback; the last line says what it is.
+        sentence = " ".join(" ".join(lines[-1:] if "Traceback" in str(error) else lines).split())
+        raise UserError(f"the command line cannot be used: {sentence}") from error
+    return rest
 
 
 def run(module: str, command: Callable[[], int], interrupted: str) -> int:

@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from beit_jax import checkpoint, predict, stored_config, train
+from beit_jax import checkpoint, command_line, predict, stored_config, train
 from beit_jax.errors import UserError
 from beit_jax.run import Run
 
@@ -126,15 +126,7 @@ def parse(argv: list[str]) -> list[str]:
     if {"--help", "-h"} & set(argv):
         app.usage(writeto_stdout=True)
         sys.exit(0)
-    try:
-        rest = flags.FLAGS(_with_config(argv))
-        _ = CONFIG.value and CONFIG.value.task  # a file that cannot be loaded fails when read
-    except (flags.Error, AttributeError, LookupError, TypeError, OSError, SyntaxError) as error:
-        lines = str(error).replace("\\n", "\n").splitlines()
-        # What a config file raises arrives with its traceback; the last line says what it is.
-        sentence = " ".join(" ".join(lines[-1:] if "Traceback" in str(error) else lines).split())
-        raise UserError(f"the command line cannot be used: {sentence}") from error
-    return rest
+    return command_line.parse_flags(flags.FLAGS, _with_config(argv))
 
 
 def _with_config(argv: list[str]) -> list[str]:

@@ -31,8 +31,8 @@ from beit_jax.warm_start import warm_start
 class Run:
     """One run's parts, built from a resolved config: mesh, data, task and optimizer."""
 
-    def __init__(self, config: ConfigDict, folder: Path, devices=None):
-        """Builds everything and trains nothing; `devices` defaults to all of them.
+    def __init__(self, config: ConfigDict, folder: Path, devices=None, build=tasks.build):
+        """Builds everything and trains nothing; `devices` defaults to all, `build` makes the task.
 
         Raises:
           UserError: for a config that cannot work.
@@ -44,7 +44,7 @@ class Run:
         if config.data.labels_per_class:
             self.source = sources.few_labels(self.source, config.data.labels_per_class, config.seed)
         self.steps = train.total_steps(config, len(self.source))
-        task = tasks.build(config, self.source, folder)
+        task = build(config, self.source, folder)
         task, self.optimizer = with_optimizer(task, config, self.steps, len(self.source))
         placed = sharding.state_sharding(task.frozen, self.mesh)
         self.task = task._replace(frozen=jax.device_put(task.frozen, placed))

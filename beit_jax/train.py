@@ -81,8 +81,9 @@ def make_train_step(
         finite = jnp.isfinite(grad_norm)
         for total, count in sums.values():
             finite &= jnp.isfinite(total).all() & jnp.isfinite(count).all()
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
         if ema_params is not None:
             ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)

@@ -145,12 +145,31 @@ class RelativePositionBias(nn.Module):
         return jnp.moveaxis(bias, -1, 0)
 
 
+class Projection(nn.Dense):
+    """A linear layer [..., D'] -> [..., D] whose output may be multiplied by a gain [D].
+
+    The gain is multiplied into kernel and bias, which gives the same values. The gain's gradient
+    then is a sum over D' numbers of the kernel's, not over every token, whose output before the
+    gain need not be kept for it either.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, gain: jax.Array | None = None) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,))
+        if gain is not None:
+            kernel, bias = kernel * gain[None], bias * gain
+        y = x @ kernel.astype(self.dtype)
+        return y + jnp.expand_dims(bias.astype(self.dtype), range(y.ndim - 1))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; by default with biases on queries and values, none on keys.
 
-    x [B, L, D], bias float32 [heads, L, L] or None -> [B, L, D]. `relative_grid` adds a table of
-    this layer's own, `qkv_bias` is one of QKV_BIASES. Queries are scaled before the product, the
-    bias is added unscaled. Source: beit/modeling_finetune.py, lines 78-142.
+    x [B, L, D], bias float32 [heads, L, L] or None, gain [D] of the output or None -> [B, L, D].
+    `relative_grid` adds a table of this layer's own, `qkv_bias` is one of QKV_BIASES. Queries are
+    scaled before the product, the bias is added unscaled. Source: beit/modeling_finetune.py, lines
+    78-142.
     """
 
     heads: int
@@ -161,7 +180,9 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, bias: jax.Array | None = None, gain: jax.Array | None = None
+    ) -> jax.Array:
         batch, length, width = x.shape
         dense = partial(nn.Dense, dtype=self.dtype)
         qkv = dense(
@@ -188,12 +209,17 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         x = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
         out = scaled(self.initial.weight, self.output_scale)
-        bias = self.initial.bias(width)
-        return dense(width, kernel_init=out, bias_init=bias, name="proj")(x)
+        return Projection(
+            width,
+            dtype=self.dtype,
+            kernel_init=out,
+            bias_init=self.initial.bias(width),
+            name="proj",
+        )(x, gain)
 
 
 class Mlp(nn.Module):
-    """Two linear layers with one of ACTIVATIONS between: [..., D] -> [..., D]."""
+    """Two linear layers with one of ACTIVATIONS between: [..., D], gain [D] or None -> [..., D]."""
 
     hidden: int
     output_scale: float = 1.0  # of the second layer's initial weights
@@ -202,13 +228,19 @@ class Mlp(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, gain: jax.Array | None = None) -> jax.Array:
         width, weight, bias = x.shape[-1], self.initial.weight, self.initial.bias
-        dense = partial(nn.Dense, dtype=self.dtype)
-        y = dense(self.hidden, kernel_init=weight, bias_init=bias(width), name="fc1")(x)
+        y = nn.Dense(
+            self.hidden, dtype=self.dtype, kernel_init=weight, bias_init=bias(width), name="fc1"
+        )(x)
         y = ACTIVATIONS[self.activation](y)
-        out = scaled(weight, self.output_scale)
-        return dense(width, kernel_init=out, bias_init=bias(self.hidden), name="fc2")(y)
+        return Projection(
+            width,
+            dtype=self.dtype,
+            kernel_init=scaled(weight, self.output_scale),
+            bias_init=bias(self.hidden),
+            name="fc2",
+        )(y, gain)
 
 
 def drop_path(keys: jax.Array, rate: float) -> jax.Array:
@@ -258,14 +290,18 @@ class Block(nn.Module):
         mlp = Mlp(hidden, activation=self.activation, name="mlp", **shared)
         norm = partial(LayerNorm, epsilon=self.norm_epsilon, dtype=self.dtype)
         factors = None if keys is None or self.drop_path == 0 else drop_path(keys, self.drop_path)
-        x = x + self._scale(attn(norm(name="norm1")(x), bias), factors, 1)
-        return x + self._scale(mlp(norm(name="norm2")(x)), factors, 2)
+        gamma_1, gamma_2 = self._gain(1, width), self._gain(2, width)
+        x = x + _drop(attn(norm(name="norm1")(x), bias, gamma_1), factors, 0)
+        return x + _drop(mlp(norm(name="norm2")(x), gamma_2), factors, 1)
 
-    def _scale(self, branch: jax.Array, factors: jax.Array | None, number: int) -> jax.Array:
-        if self.layer_scale > 0:
-            gain = initializers.constant(self.layer_scale)
-            gamma = self.param(f"gamma_{number}", gain, (branch.shape[-1],))
-            branch = branch * gamma.astype(self.dtype)[None, None]
-        if factors is not None:
-            branch = branch * factors[:, number - 1, None, None].astype(self.dtype)
+    def _gain(self, number: int, width: int) -> jax.Array | None:
+        if self.layer_scale == 0:
+            return None
+        return self.param(f"gamma_{number}", initializers.constant(self.layer_scale), (width,))
+
+
+def _drop(branch: jax.Array, factors: jax.Array | None, number: int) -> jax.Array:
+    """A branch [B, L, D] times its column of the factors [B, 2]."""
+    if factors is None:
         return branch
+    return branch * factors[:, number, None, None].astype(branch.dtype)

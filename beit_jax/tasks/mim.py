@@ -97,6 +97,7 @@ class Pretraining(NamedTuple):
         )
         return views["image"] * (1 - hidden) + 0.5 * hidden, true, predicted
 
+    @jax.named_scope("masking")
     def masked_indices(self, keys):
         """The masked patches int32 [B, M] that the rows' keys [B] draw."""
         rule = self.config.mask
@@ -141,6 +142,12 @@ class Pretraining(NamedTuple):
 
 def build(config, source: Source, run: Path) -> Task:
     """Builds masked image modelling on a frozen tokenizer's codes, or on pixels."""
+    target, copies = _target(config, patch_grid(config), run)
+    return assemble(config, source, target, copies)
+
+
+def assemble(config, source: Source, target: Tokens | Pixels, copies) -> Task:
+    """Builds masked image modelling of a target; `copies` are the networks that the run keeps."""
     grid = patch_grid(config)
     num_masked = masking.num_masked_patches(
         config.mask.share,
@@ -149,7 +156,6 @@ def build(config, source: Source, run: Path) -> Task:
         min_block=config.mask.min_block,
         aspect=config.mask.aspect,
     )
-    target, copies = _target(config, grid, run)
     model = make_masked_image_model(config, target.outputs)
     parts = Pretraining(model, target, grid, num_masked, config)
     evaluators = {}

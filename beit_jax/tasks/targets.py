@@ -41,6 +41,7 @@ class Tokens(NamedTuple):
     def variables(self) -> Any:
         return self.tokenizer.variables
 
+    @jax.named_scope("tokenizer")
     def labels(self, frozen, images: Images) -> jax.Array:
         codes = self.tokenizer.tokens(frozen, images["token_image"])
         chex.assert_shape(codes, (None, *self.grid))

@@ -1,0 +1,82 @@
+"""How fast masks are drawn."""
+
+import argparse
+import math
+import random
+import statistics
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from beit_jax import masking
+from beit_jax.benchmark import timing
+from beit_jax.tasks import mim
+
+MASKS = 1024  # of a turn
+
+
+def measure(config: ConfigDict, folder: Path, options: argparse.Namespace) -> dict:
+    """Block masks of the config on the device, beside one at a time in a Python loop."""
+    del folder
+    grid, rule = mim.patch_grid(config), config.mask
+    number = masking.num_masked_patches(
+        rule.share, grid, kind="blockwise", min_block=rule.min_block, aspect=rule.aspect
+    )
+
+    def draw(key):
+        mask = masking.blockwise_mask(
+            key, grid, number, min_block=rule.min_block, aspect=rule.aspect
+        )
+        return masking.masked_indices(mask, number)
+
+    drawn = jax.jit(jax.vmap(draw))
+    keys = jax.random.split(jax.random.key(0), MASKS)
+    chance = random.Random(0)
+
+    def python_loop():
+        for _ in range(MASKS):
+            mask_in_python(chance, grid, number, rule.min_block, rule.aspect)
+
+    programs = {"device": lambda: jax.block_until_ready(drawn(keys)), "python": python_loop}
+    timing.in_turns(programs, 1)
+    seconds = timing.in_turns(programs, options.repeats)
+    return {
+        "masks_per_second": MASKS / statistics.median(seconds["device"]),
+        "masks_per_second_in_python": MASKS / statistics.median(seconds["python"]),
+        "times_as_fast": timing.ratio(seconds["python"], seconds["device"]),
+    }
+
+
+def mask_in_python(
+    chance: random.Random, grid: tuple[int, int], wanted: int, min_block: int, aspect: float
+) -> list[list[bool]]:
+    """A mask of at most `wanted` patches, block by block as in Bao et al. 2021, algorithm 1.
+
+    The kind of loop that data loaders run for every image, each block having ten tries.
+    """
+    height, width = grid
+    mask = [[False] * width for _ in range(height)]
+    left = wanted
+    while left > 0:
+        for _ in range(10):
+            area = chance.uniform(min_block, left)
+            ratio = math.exp(chance.uniform(math.log(aspect), -math.log(aspect)))
+            tall, wide = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if tall >= height or wide >= width:
+                continue
+            top, first = chance.randint(0, height - tall), chance.randint(0, width - wide)
+            block = [
+                (row, column)
+                for row in range(top, top + tall)
+                for column in range(first, first + wide)
+                if not mask[row][column]
+            ]
+            if 0 < len(block) <= left:
+                for row, column in block:
+                    mask[row][column] = True
+                left -= len(block)
+                break
+        else:
+            return mask
+    return mask

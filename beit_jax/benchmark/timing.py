@@ -1,0 +1,26 @@
+"""Measuring in turns."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def in_turns(programs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each program, by name: each runs once in every turn.
+
+    Args:
+      programs: name -> function that returns when its work is done. All have run before.
+      repeats: turns.
+    """
+    seconds = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, program in programs.items():
+            started = time.perf_counter()
+            program()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(slower: list[float], faster: list[float]) -> float:
+    """Median over the turns of how many times as long the first took."""
+    return statistics.median(s / f for s, f in zip(slower, faster, strict=True))
