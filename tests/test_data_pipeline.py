@@ -12,9 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from beit_jax.data.bad_files import BadFiles
-from beit_jax.data.geometry import DRAWS, Box, center_box, random_crop, resize
+from beit_jax.data.geometry import (
+    DRAWS,
+    Box,
+    center_box,
+    random_crop,
+    resize,
+    resize_quickly,
+)
 from beit_jax.data.pipeline import (
     Augmentation,
     View,
@@ -121,9 +129,12 @@ def test_every_epoch_is_another_permutation():
     assert len({tuple(epoch) for epoch in labels}) == 8
 
 
-def test_no_epoch_of_one_seed_is_an_epoch_of_another():
+@pytest.mark.parametrize("length", [50, 2000])  # small sources are permuted in another way
+def test_no_epoch_of_one_seed_is_an_epoch_of_another(length):
     def order(seed, epoch):
-        return tuple(shuffled_index(epoch * 50 + i, seed, 50) for i in range(50))
+        return tuple(shuffled_index(epoch * length + i, seed, length) for i in range(length))
+
+    assert sorted(order(0, 0)) == list(range(length))
 
     orders = {order(seed, epoch) for seed in range(6) for epoch in range(6)}
     assert len(orders) == 36
@@ -389,3 +400,31 @@ def test_a_program_ends_without_closing():
     )
     assert (done.stdout.strip(), done.returncode) == ("last line", 0), done.stderr
     assert not done.stderr, done.stderr
+
+
+def photograph() -> np.ndarray:
+    return load_sample_image("china.jpg")
+
+
+@pytest.mark.parametrize("interpolation, least", [("bicubic", 35), ("lanczos", 32)])
+def test_training_shrinks_photographs_as_pillow_does(interpolation, least):
+    chance, view = np.random.default_rng(0), View((224, 224), interpolation)
+    for _ in range(32):
+        image = photograph()
+        top, left, height, width = random_crop(
+            *image.shape[:2], (0.2, 1.0), (3 / 4, 4 / 3), chance.random(DRAWS)
+        )
+        crop = image[top : top + height, left : left + width]
+        wanted = resize(np.ascontiguousarray(crop), view).astype(float)
+        error = np.square(resize_quickly(crop, view) - wanted).mean()
+        assert 10 * np.log10(255**2 / max(error, 1e-9)) > least, (height, width)
+
+
+def test_training_enlarges_with_pillow_and_keeps_every_channel():
+    image = np.random.default_rng(0).integers(0, 256, (300, 300, 5), np.uint8)
+    enlarged, shrunk = View((320, 299), "bicubic"), View((200, 299), "bicubic")
+    np.testing.assert_array_equal(resize_quickly(image, enlarged), resize(image, enlarged))
+    assert resize_quickly(image, shrunk).shape == (200, 299, 5)
+    assert resize_quickly(image[..., :1], shrunk).shape == (200, 299, 1)
+    nearest = View((200, 200), "nearest")
+    np.testing.assert_array_equal(resize_quickly(image, nearest), resize(image, nearest))

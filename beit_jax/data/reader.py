@@ -8,22 +8,34 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import cv2
 import grain
 import numpy as np
 
 from beit_jax.data import rand_augment
 from beit_jax.data.bad_files import BadFiles
 from beit_jax.data.decode import BadImage, decode
-from beit_jax.data.geometry import DRAWS, Augmentation, View, center_box, random_crop, resize
+from beit_jax.data.geometry import (
+    DRAWS,
+    Augmentation,
+    View,
+    center_box,
+    random_crop,
+    resize,
+    resize_quickly,
+)
 from beit_jax.data.record import Record, Source
 
 Example = dict[str, np.ndarray]
 _MAX_NEIGHBOURS = 100  # unreadable images in a row; then nearly all of them are
+_SMALL = 1024  # examples; below it one epoch of Grain's shuffle takes as long as one of 30,000
 
 
 def shuffled_index(position: int, seed: int, length: int) -> int:
-    """The example of a source of `length` that is read at `position`; O(1) in time and space."""
+    """The example of a source of `length` that is read at `position`; no large list is kept."""
     epoch, place = divmod(position, length)
+    if length < _SMALL:
+        return int(_permutation(_epoch_seed(seed, epoch), length)[place])
     return grain.experimental.index_shuffle(
         place, max_index=length - 1, seed=_epoch_seed(seed, epoch), rounds=4
     )
@@ -33,6 +45,11 @@ def shuffled_index(position: int, seed: int, length: int) -> int:
 def _epoch_seed(seed: int, epoch: int) -> int:
     # Hashed, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+
+@functools.lru_cache(maxsize=16)
+def _permutation(seed: int, length: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(seed)).permutation(length)
 
 
 def generator(position: int, seed: int) -> np.random.Generator:
@@ -97,23 +114,31 @@ class ViewReader(Reader):
         top, left, height, width = random_crop(*image.shape[:2], scale, ratio, draws[:DRAWS])
         # Cut first: the resampling kernel must not see beyond the crop, as in torchvision.
         crop = image[top : top + height, left : left + width]
-        if draws[DRAWS] < augmentation.flip:
-            crop = crop[:, ::-1]
-        crop = np.ascontiguousarray(crop)
-        example = {name: resize(crop, view) for name, view in self._views.items()}
+        flipped = draws[DRAWS] < augmentation.flip
+        plan = None
         if augmentation.magnitude:
-            plan, mean = rand_augment.draw(chance, augmentation.magnitude), augmentation.mean
-            example = {n: rand_augment.apply(image, plan, mean) for n, image in example.items()}
-        return {**example, "label": np.int32(label)}
+            plan = rand_augment.draw(chance, augmentation.magnitude)
+
+        def make(view: View) -> np.ndarray:
+            seen = resize_quickly(crop, view)
+            if flipped:
+                seen = cv2.flip(seen, 1).reshape(seen.shape)
+            return seen if plan is None else rand_augment.apply(seen, plan, augmentation.mean)
+
+        return {**self._example(make), "label": np.int32(label)}
+
+    def _example(self, make: Callable[[View], np.ndarray]) -> Example:
+        """What `make` makes of every view; of two that are alike once."""
+        made = {view: make(view) for view in dict.fromkeys(self._views.values())}
+        return {name: made[view] for name, view in self._views.items()}
 
     def _evaluation_example(self, eval_crop: float, index: int) -> Example:
         found = self.read(index) if index < len(self.source) else None
         image, label = found or (np.zeros((1, 1, self.channels), np.uint8), -1)
         size = next(iter(self._views.values())).size
         box = center_box(*image.shape[:2], size, eval_crop)
-        example = {name: resize(image, view, box) for name, view in self._views.items()}
         return {
-            **example,
+            **self._example(lambda view: resize(image, view, box)),
             "label": np.int32(label),
             "index": np.int32(index),
             "valid": np.bool_(found is not None),
