@@ -1,6 +1,7 @@
 """The peer: Hugging Face's BEiT in PyTorch, doing the same work on the same images."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -9,7 +10,27 @@ from beit_jax.errors import UserError
 from beit_jax.tasks import mim
 
 
-def make(config, images: jax.Array) -> dict[str, Callable[[], None]]:
+def libraries(config) -> tuple[ModuleType, ModuleType]:
+    """PyTorch and transformers.
+
+    Raises:
+      UserError: they are missing, or the peer cannot do what the config asks for.
+    """
+    if config.task != "mim" or config.model.early_layers:
+        raise UserError("--peer compares BEiT's pre-training alone: take configs/mim_base.py.")
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"--peer needs PyTorch and transformers ({error}): pip install -e '.[peers]'."
+        ) from error
+    return torch, transformers
+
+
+def make(
+    config, images: jax.Array, torch: ModuleType, transformers: ModuleType
+) -> dict[str, Callable[[], None]]:
     """Training steps of the peer: its head on the masked tokens as ours, and as it comes.
 
     Same sizes, drop path, masked share, optimizer and clipping; bfloat16 autocast and torch.compile
@@ -18,19 +39,8 @@ def make(config, images: jax.Array) -> dict[str, Callable[[], None]]:
     Args:
       config: a recipe of task mim.
       images: uint8 [B, H, W, ch], what both see.
-
-    Raises:
-      UserError: PyTorch is missing, or the peer cannot do what the config asks for.
+      torch, transformers: see `libraries`.
     """
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"--peer needs PyTorch and transformers ({error}): pip install -e '.[peers]'."
-        ) from error
-    if config.task != "mim" or config.model.early_layers:
-        raise UserError("--peer compares BEiT's pre-training alone: take configs/mim_base.py.")
     gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
     device = torch.device("cuda" if gpu else "cpu")
     rows, masked = _masked(config, len(images))
@@ -41,7 +51,8 @@ def make(config, images: jax.Array) -> dict[str, Callable[[], None]]:
     def program(restricted: bool) -> Callable[[], None]:
         network = transformers.BeitForMaskedImageModeling(_describe(config, transformers))
         network = network.train().to(device)
-        forward = torch.compile(_loss(restricted)) if gpu else _loss(restricted)
+        loss = _masked_loss if restricted else _whole_loss
+        forward = torch.compile(loss) if gpu else loss
         c = config.optimizer
         optimizer = torch.optim.AdamW(
             network.parameters(), c.learning_rate, (c.b1, c.b2), weight_decay=c.weight_decay
@@ -62,18 +73,15 @@ def make(config, images: jax.Array) -> dict[str, Callable[[], None]]:
     return {"peer": program(restricted=True), "peer_with_every_logit": program(restricted=False)}
 
 
-def _loss(restricted: bool):
-    def masked_only(network, pixels, masked, labels):
-        import torch
+def _masked_loss(network, pixels, masked, labels):
+    """The loss with norm and head on the masked patches alone, as ours."""
+    states = network.beit(pixels, bool_masked_pos=masked).last_hidden_state[:, 1:]
+    logits = network.lm_head(network.layernorm(states[masked]))
+    return -logits.log_softmax(-1).gather(1, labels[:, None]).mean()
 
-        states = network.beit(pixels, bool_masked_pos=masked).last_hidden_state[:, 1:]
-        logits = network.lm_head(network.layernorm(states[masked]))
-        return torch.nn.functional.cross_entropy(logits, labels)
 
-    def whole(network, pixels, masked, labels):
-        return network(pixels, bool_masked_pos=masked, labels=labels).loss
-
-    return masked_only if restricted else whole
+def _whole_loss(network, pixels, masked, labels):
+    return network(pixels, bool_masked_pos=masked, labels=labels).loss
 
 
 def _masked(config, batch: int) -> tuple[int, np.ndarray]:

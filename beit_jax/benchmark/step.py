@@ -53,9 +53,9 @@ def measure(config: ConfigDict, folder: Path, options: argparse.Namespace) -> di
     Pre-training on tokens is measured with its tokenizer and without, where the labels cost
     nothing. The peer has no tokenizer.
     """
-    jax.config.update("jax_enable_compilation_cache", False)  # or compiling would seem free
+    libraries = peer.libraries(config) if options.peer else None
     steps = make_steps(config, folder)
-    peers = peer.make(config, steps["step"].batch["image"]) if options.peer else {}
+    peers = peer.make(config, steps["step"].batch["image"], *libraries) if options.peer else {}
     product, product_flops = _matrix_product(config.model.dtype)
     programs = {**steps, **peers, "product": product}
     timing.in_turns(programs, WARM_UP)
