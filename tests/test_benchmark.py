@@ -24,13 +24,8 @@ def run(capsys, *arguments: str) -> dict:
 def test_flops_of_base_are_those_on_paper():
     """Per image: 12 blocks over L tokens, the patches' embedding and the head on M tokens."""
     config = mim_base.get_config()
-    model, width, length, masked, vocabulary = (
-        make_masked_image_model(config, 8192),
-        768,
-        197,
-        75,
-        8192,
-    )
+    width, length, masked, vocabulary = 768, 197, 75, 8192
+    model = make_masked_image_model(config, vocabulary)
     images, indices = images_of(config, 2), jax.ShapeDtypeStruct((2, masked), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), images, indices)
     block = 2 * length * width * 12 * width + 2 * 2 * length**2 * width
@@ -114,7 +109,7 @@ def test_a_table_is_for_people(capsys):
         (["masking", "--repeats=0"], "--repeats=0 must be at least 1"),
         (["masking", "--workers=3"], "'--workers=3' is not a flag here"),
         (["masking", "--config=configs/nothing.py"], "nothing.py"),
-        (["train", "--peer", "--config=configs/digits_vqkd.py"], "--config.teacher.path"),
+        (["train", "--peer", "--config=configs/digits_vqkd.py"], "--peer compares"),
     ],
 )
 def test_mistakes_get_one_sentence(arguments, said, capsys):
@@ -127,7 +122,6 @@ def test_the_python_loop_masks_at_most_what_is_wanted():
     import random
 
     counts = [
-        sum(map(sum, mask_in_python(random.Random(seed), (14, 14), 75, 16, 0.3)))
-        for seed in range(50)
+        mask_in_python(random.Random(seed), (14, 14), 75, 16, 0.3).sum() for seed in range(50)
     ]
     assert max(counts) <= 75 and sum(counts) / len(counts) == pytest.approx(74.5, abs=0.6)

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from beit_jax import masking
@@ -50,14 +51,14 @@ def measure(config: ConfigDict, folder: Path, options: argparse.Namespace) -> di
 
 def mask_in_python(
     chance: random.Random, grid: tuple[int, int], wanted: int, min_block: int, aspect: float
-) -> list[list[bool]]:
-    """A mask of at most `wanted` patches, block by block as in Bao et al. 2021, algorithm 1.
+) -> np.ndarray:
+    """A mask bool [h, w] of at most `wanted` patches, as in Bao et al. 2021, algorithm 1.
 
-    The kind of loop that data loaders run for every image, each block having ten tries.
+    The kind of loop that data loaders run for every image: each block has ten tries, and patches
+    are set one by one, as in beit/masking_generator.py.
     """
     height, width = grid
-    mask = [[False] * width for _ in range(height)]
-    left = wanted
+    mask, left = np.zeros(grid, bool), wanted
     while left > 0:
         for _ in range(10):
             area = chance.uniform(min_block, left)
@@ -66,16 +67,13 @@ def mask_in_python(
             if tall >= height or wide >= width:
                 continue
             top, first = chance.randint(0, height - tall), chance.randint(0, width - wide)
-            block = [
-                (row, column)
-                for row in range(top, top + tall)
-                for column in range(first, first + wide)
-                if not mask[row][column]
-            ]
-            if 0 < len(block) <= left:
-                for row, column in block:
-                    mask[row][column] = True
-                left -= len(block)
+            new = tall * wide - mask[top : top + tall, first : first + wide].sum()
+            if 0 < new <= left:
+                for row in range(top, top + tall):
+                    for column in range(first, first + wide):
+                        if not mask[row, column]:
+                            mask[row, column] = True
+                left -= new
                 break
         else:
             return mask
