@@ -76,21 +76,21 @@ def make_train_step(
         grads, (weight, (statistics, sums)) = _accumulate(
             gradients, (batch, keys), microbatches, mesh
         )
-        grads = jax.tree.map(lambda g: g / weight, grads)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm)
-        for total, count in sums.values():
-            finite &= jnp.isfinite(total).all() & jnp.isfinite(count).all()
         with jax.named_scope("optimizer"):
+            grads = jax.tree.map(lambda g: g / weight, grads)
+            grad_norm = optax.tree.norm(grads)
+            finite = jnp.isfinite(grad_norm)
+            for total, count in sums.values():
+                finite &= jnp.isfinite(total).all() & jnp.isfinite(count).all()
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        ema_params = state.ema_params
-        if ema_params is not None:
-            ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
-        model_state = task.update_state(state.model_state, statistics)
-        new = (params, ema_params, model_state, opt_state)
-        old = (state.params, state.ema_params, state.model_state, state.opt_state)
-        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            ema_params = state.ema_params
+            if ema_params is not None:
+                ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
+            model_state = task.update_state(state.model_state, statistics)
+            new = (params, ema_params, model_state, opt_state)
+            old = (state.params, state.ema_params, state.model_state, state.opt_state)
+            kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         skipped = state.skipped + ~finite
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         values = {
