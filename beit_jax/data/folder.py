@@ -153,9 +153,8 @@ def hold_out(names: list[str], share: float) -> tuple[list[str], list[str]]:
     At least one name is held out where `share` is above 0 and two or more are there, and at least
     one is kept.
     """
-    if not 0 <= share < 1:
-        raise UserError(f"config.data.holdout is {share}; it must be at least 0 and below 1.")
-    places = {name: _hash_to_unit(name) for name in names}
+    check_share(share)
+    places = {name: hash_to_unit(name) for name in names}
     held = {name for name, place in places.items() if place < share}
     if share and len(names) > 1:
         by_place = sorted(names, key=places.get)
@@ -164,7 +163,14 @@ def hold_out(names: list[str], share: float) -> tuple[list[str], list[str]]:
     return [n for n in names if n not in held], [n for n in names if n in held]
 
 
-def _hash_to_unit(name: str) -> float:
+def check_share(share: float) -> None:
+    """Raises UserError where a share to hold out is none."""
+    if not 0 <= share < 1:
+        raise UserError(f"config.data.holdout is {share}; it must be at least 0 and below 1.")
+
+
+def hash_to_unit(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
     text = name.replace(os.sep, "/").encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) / 2**64
 
