@@ -41,12 +41,15 @@ _EXAMPLES = """examples:
   python -m beit_jax.prepare parquet ~/imagenet-1k/data --name=imagenet2012
 
 Encoded images are copied as they are. Those that do not decode are left out and listed. A run that
-was interrupted goes on with its last finished shard when the same command is given again.
+was interrupted goes on behind its last finished shard when the same command is given again.
 
 SRC and --data_dir are folders of this machine. Buckets (gs://) have to be mounted (`gcsfuse
 --implicit-dirs BUCKET FOLDER`), since ArrayRecord is written through the file system. What was
 written may be copied to a bucket afterwards and be read from a mount of it.
 """
+
+
+_INTERRUPTED = "the same command, given again, goes on behind the shards that were finished."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.run(options)
         return 0
 
-    return command_line.run("beit_jax.prepare", command, "the same command goes on from there.")
+    return command_line.run("beit_jax.prepare", command, _INTERRUPTED)
 
 
 def _parser() -> command_line.Parser:

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from beit_jax.data.decode import BadImage
 from beit_jax.data.folder import SPLIT_FOLDERS, check_share, hash_to_unit
@@ -22,10 +23,6 @@ from beit_jax.errors import UserError
 
 MAX_BYTES = 1 << 28  # of one image or example; what claims to be larger is not read
 MAX_CLASSES = 1 << 20
-_SERIALIZED = tfds.features.FeaturesDict(
-    {"image": tfds.features.Image(shape=(None, None, None)), "file_name": tfds.features.Text()}
-)
-_LABELLED = tfds.features.FeaturesDict({**_SERIALIZED, "label": np.int64})
 
 
 class Sample(NamedTuple):
@@ -98,10 +95,8 @@ class RecordLayout(NamedTuple):
         image = _encoded(record.image)
         example = {"image": image, "file_name": record.name.encode(errors="surrogateescape")}
         if self.labelled:
-            serialized = _LABELLED.serialize_example({**example, "label": record.label})
-        else:
-            serialized = _SERIALIZED.serialize_example(example)
-        return Sample(record.image, record.label, serialized)
+            example["label"] = record.label
+        return Sample(record.image, record.label, _serialize(self.labelled, example))
 
     def _check_label(self, record: Record) -> None:
         if not -1 <= record.label < MAX_CLASSES:
@@ -113,6 +108,25 @@ class RecordLayout(NamedTuple):
                 f"{record.name} has label {record.label}, but there are "
                 f"{len(self.class_names):,} class names, from 0 on: name all classes."
             )
+
+
+def _serialize(labelled: bool, example: dict) -> bytes:
+    """A tf.train.Example, the same bytes for the same example in every process."""
+    features, serializer = _serializer(labelled)
+    found = serializer.get_tf_example(features.encode_example(example))
+    return found.SerializeToString(deterministic=True)
+
+
+@functools.cache
+def _serializer(labelled: bool) -> tuple[tfds.features.FeaturesDict, ExampleSerializer]:
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, None)),
+            "file_name": tfds.features.Text(),
+            **({"label": np.int64} if labelled else {}),  # a class label, whatever its classes
+        }
+    )
+    return features, ExampleSerializer(features.get_serialized_info())
 
 
 def _encoded(image: bytes | np.ndarray) -> bytes:

@@ -173,10 +173,12 @@ def _count(path: Path) -> int:
     if not path.exists():
         return 0
     reader = array_record_module.ArrayRecordReader(str(path))
+    count = reader.num_records()
     try:
-        return reader.num_records()
-    finally:
         reader.close()
+    except RuntimeError:  # only now does ArrayRecord say that it could not read
+        return 0
+    return count
 
 
 def _shard_path(name: str, folder: Path, split: str, shards: Sequence[Shard]) -> Path:
@@ -215,6 +217,7 @@ def _watched(examples, images: int, split: str, parts, show: Show) -> Iterator[C
         images += not example.bad
         show(split, _parts_read(parts, example.place), images)
         yield example
+    show(split, len(parts), images)
 
 
 def _parts_read(parts: Sequence[Part], place: Place) -> float:
@@ -234,7 +237,9 @@ def _write_shard(path: Path, split: str, examples: Iterator[Checked]) -> Shard |
             continue
         with _disk(path):
             # Group size 1, as TFDS has it, makes every example readable by itself.
-            writer = writer or array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
+            writer = writer or array_record_module.ArrayRecordWriter(
+                str(unfinished), "group_size:1"
+            )
             writer.write(one.example)
         count, size = count + 1, size + len(one.example)
         classes = max(classes, one.label + 1)
