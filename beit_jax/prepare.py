@@ -18,7 +18,8 @@ from beit_jax.data.collection import Collection, from_sources
 from beit_jax.data.digits import NAME as DIGITS
 from beit_jax.data.digits import write_digits
 from beit_jax.data.folder import folder_splits
-from beit_jax.data.tfds_store import dataset_dir, local_path
+from beit_jax.data.paths import local_path
+from beit_jax.data.tfds_store import dataset_dir
 from beit_jax.data.tfds_writer import BAD_FILES, Written, interrupted, leftovers, write_dataset
 from beit_jax.errors import UserError
 
@@ -204,7 +205,7 @@ def _refuse_taken(options: argparse.Namespace, origin: str) -> None:
     for left in leftovers(options.name, options.data_dir, origin):
         print(f"{left} is of another run; if none is running now, it is left over: delete it.")
     if origin and interrupted(options.name, options.data_dir, origin):
-        print("an earlier run of this command was interrupted: going on from its finished shards.")
+        print("going on from what an interrupted run finished, as far as SRC is still the same.")
 
 
 def _say_done(written: Written, options: argparse.Namespace) -> None:

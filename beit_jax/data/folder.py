@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from beit_jax.data.decode import SUFFIXES
+from beit_jax.data.paths import local_path
 from beit_jax.data.record import Record, Source
 from beit_jax.errors import UserError
 
@@ -81,7 +82,7 @@ def choose_split(path: str, split: str, splits: dict[str, Source]) -> Source:
 
 def folder_splits(path: str, holdout: float) -> dict[str, FolderSource]:
     """All splits of a folder that hold an image, with one set of class names."""
-    root = _root(path)
+    root = local_path(path)
     if not root.is_dir():
         raise UserError(
             f"there is no folder {root}; config.data.source=folder:PATH needs the folder that "
@@ -99,10 +100,6 @@ def folder_splits(path: str, holdout: float) -> dict[str, FolderSource]:
         parts["validation"] = parts.setdefault("train", root)
     order = [name for name in SPLIT_FOLDERS if found.get(name)]
     return {n: _make_source(root, parts[n], found[n], classes, n) for n in order}
-
-
-def _root(path: str) -> Path:
-    return Path(os.path.expanduser(path)).absolute()
 
 
 def _make_source(root: Path, part: Path, names: list[str], classes: tuple, split: str):

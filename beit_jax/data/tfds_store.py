@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
+from beit_jax.data.paths import local_path
 from beit_jax.data.record import Record
 from beit_jax.errors import UserError
 
@@ -25,16 +26,6 @@ def data_root(data_dir: str) -> Path:
     """The folder of all TFDS data sets: `data_dir`, or TFDS's default where it is empty."""
     default = os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
     return local_path(data_dir or default)
-
-
-def local_path(path: str) -> Path:
-    """A path of this machine, absolute; raises UserError where it is an address such as gs://."""
-    if "://" in path:
-        raise UserError(
-            f"{path} is an address, and data are read from and written to folders: mount the "
-            "bucket (`gcsfuse BUCKET FOLDER` for Google Cloud Storage) and name its folder."
-        )
-    return Path(os.path.expanduser(path)).absolute()
 
 
 class TfdsSource:

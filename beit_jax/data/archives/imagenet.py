@@ -18,8 +18,8 @@ import tensorflow_datasets as tfds
 
 from beit_jax.data.archives import tar
 from beit_jax.data.collection import Collection, Item, Part, RecordLayout, file_stamp
+from beit_jax.data.paths import local_path
 from beit_jax.data.record import Record
-from beit_jax.data.tfds_store import local_path
 from beit_jax.errors import UserError
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"

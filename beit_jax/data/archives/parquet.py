@@ -24,8 +24,8 @@ from beit_jax.data.collection import (
     limited,
 )
 from beit_jax.data.decode import BadImage
+from beit_jax.data.paths import local_path
 from beit_jax.data.record import Record
-from beit_jax.data.tfds_store import local_path
 from beit_jax.errors import UserError
 
 _ROWS = 16  # read at a time: images may be large

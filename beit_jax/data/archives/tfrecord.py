@@ -16,7 +16,8 @@ import tensorflow_datasets as tfds
 from beit_jax.data.archives.crc32c import masked_crc32c
 from beit_jax.data.collection import Collection, Item, Part, Sample, file_stamp, limited
 from beit_jax.data.decode import BadImage
-from beit_jax.data.tfds_store import ImageFeatures, local_path
+from beit_jax.data.paths import local_path
+from beit_jax.data.tfds_store import ImageFeatures
 from beit_jax.errors import UserError
 
 _HEAD = struct.Struct("<QI")

@@ -26,8 +26,8 @@ from beit_jax.data.collection import (
     held_out,
 )
 from beit_jax.data.decode import BadImage
+from beit_jax.data.paths import local_path
 from beit_jax.data.record import Record
-from beit_jax.data.tfds_store import local_path
 from beit_jax.errors import UserError
 
 CLASSES = "classes.txt"
