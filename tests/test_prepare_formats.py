@@ -22,7 +22,9 @@ from beit_jax import prepare
 from beit_jax.data import collection
 from beit_jax.data.archives.crc32c import crc32c
 from beit_jax.data.archives.imagenet import open_imagenet
+from beit_jax.data.collection import RecordLayout
 from beit_jax.data.decode import read_pixels
+from beit_jax.data.record import Record
 from beit_jax.data.sources import open_source
 
 FEATURES = tfds.features.FeaturesDict(
@@ -214,6 +216,7 @@ def test_a_hostile_tar_writes_nothing_and_reads_only_its_own_files(tmp_path):
         "/abs.jpg",
         "ok.jpg",
     ]
+    assert not (tmp_path / "tfds/x/1.0.0/bad_files.txt").exists()
     after = sorted(path for path in tmp_path.rglob("*") if "tfds" not in path.parts[-4:])
     assert [p for p in after if not p.is_relative_to(tmp_path / "tfds")] == before
 
@@ -236,7 +239,8 @@ def broken_tars() -> dict[str, bytes]:
         "damaged header": good.replace(b"2.jpg", b"3.jpg"),
         "huge member": size.tobuf() + bytes(2048),
         "huge name": longname.tobuf() + bytes(4096),
-        "backwards": bytes(backwards) + good,
+        "long name": tar_bytes({"x" * (1 << 21) + ".jpg": picture(1)}),
+        "in a circle": good[: good.index(b"2.jpg")] + bytes(backwards) + good,
         "chain of names": (chain.tobuf() + b"a" + bytes(511)) * 3000 + good,
     }
 
@@ -295,6 +299,22 @@ def test_bad_examples_are_left_out_and_listed(tmp_path, capsys):
     listing = (tmp_path / "tfds/w/1.0.0/bad_files.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in listing] == ["1", "2", "3", "4"]
     assert "4 of 7 images cannot be read" in capsys.readouterr().out
+
+
+def test_a_first_label_that_cannot_be_read_is_a_label(tmp_path):
+    (tmp_path / "src").mkdir()
+    files = {"1.jpg": picture(1), "1.cls": b"one", "2.jpg": picture(2), "2.cls": b"2"}
+    (tmp_path / "src/0.tar").write_bytes(tar_bytes(files))
+    assert run(tmp_path, "webdataset", tmp_path / "src", "--name=w", "--holdout=0") == 0
+    assert written(tmp_path / "tfds", "w", "train") == [("2.jpg", picture(2), 2)]
+
+
+def test_the_same_example_is_the_same_bytes():
+    """In every process: protocol buffers have no order of their own."""
+    layout = RecordLayout(True, ("a", "b"))
+    example = layout.item("x", lambda: Record(b"...", 1, "x")).read().example
+    places = [example.index(key) for key in (b"file_name", b"image", b"label")]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,17 @@ def test_what_comes_from_other_parts_is_not_kept(tmp_path, interrupt):
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def test_another_source_or_flag_starts_anew_and_says_what_lies_there(tmp_path, interrupt, capsys):
+def test_no_shard_of_a_larger_source_stays(tmp_path, interrupt):
+    source = make("folder", tmp_path / "src")
+    assert interrupt(13, source, tmp_path / "parts", "folder") == 130
+    for number in range(4, 18):
+        (source / f"{number}.jpg").unlink()
+    assert run(source, tmp_path / "parts", "folder") == 0
+    assert run(source, tmp_path / "whole", "folder") == 0
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_another_source_starts_anew_and_says_what_lies_there(tmp_path, interrupt, capsys):
     source, other = (make("folder", tmp_path / name) for name in ("a", "b"))
     assert interrupt(14, source, tmp_path / "tfds", "folder") == 130
     left = left_folder(tmp_path / "tfds")

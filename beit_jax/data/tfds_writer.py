@@ -107,8 +107,10 @@ def _workplace(target: Path, origin: str) -> Iterator[Path]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing {folder}: wait for it, or end it.") from None
+        except OSError as error:
+            raise UserError(
+                f"another run is writing {folder} ({error.strerror}): wait for it, or end it."
+            ) from None
         try:
             yield folder
         finally:

@@ -80,7 +80,7 @@ def _validation_part(root: Path, layout: RecordLayout) -> Part:
             label = labels[int(number[1]) - 1]
             yield layout.item(member.name, functools.partial(_record, member, label))
 
-    return Part(str(path), file_stamp(path), items, len(labels))
+    return Part(str(path), f"{file_stamp(path)}:{labels}", items, len(labels))
 
 
 def _record(member: tar.Member, label: int) -> Record:
