@@ -1,4 +1,4 @@
-"""Small archives in the layouts that `beit_jax.prepare` reads."""
+"""Small archives in the layouts that `beit_jax.prepare` reads, and what it makes of them."""
 
 import io
 import json
@@ -14,6 +14,7 @@ import scipy.io
 import tensorflow_datasets as tfds
 from tensorboardX.record_writer import masked_crc32c
 
+from beit_jax import prepare
 from beit_jax.data.sources import open_source
 
 WNIDS = ("n01440764", "n01443537", "n01484850")
@@ -122,3 +123,22 @@ def written(data_dir: Path, name: str, split: str) -> list[tuple]:
     """What was written, as (name, bytes, label)."""
     source = open_source(f"tfds:{name}", split, data_dir=str(data_dir))
     return [(one.name, one.image, one.label) for one in (source[i] for i in range(len(source)))]
+
+
+def run(tmp_path, *arguments) -> int:
+    return prepare.main([*map(str, arguments), f"--data_dir={tmp_path / 'tfds'}", "--workers=3"])
+
+
+def names_of(tmp_path, name: str) -> tuple[str, ...]:
+    return open_source(f"tfds:{name}", "train", data_dir=str(tmp_path / "tfds")).class_names
+
+
+def refused(tmp_path, capsys, words, *arguments) -> None:
+    assert run(tmp_path, *arguments) == 1
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1 and all(word in said for word in words), said
+    assert not list((tmp_path / "tfds").glob("*/1.0.0"))
+
+
+def cut(path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])

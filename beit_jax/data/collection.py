@@ -102,10 +102,12 @@ class RecordLayout(NamedTuple):
         if not -1 <= record.label < MAX_CLASSES:
             raise BadImage(f"its label is {record.label}")
         if record.label >= 0 and not self.labelled:
-            raise UserError(f"{record.name} has a label, and the first image has none: label all.")
+            raise UserError(
+                f"{record.name!r} has a label, and the first image none: label all or none."
+            )
         if self.class_names and record.label >= len(self.class_names):
             raise UserError(
-                f"{record.name} has label {record.label}, but there are "
+                f"{record.name!r} has label {record.label}, but there are "
                 f"{len(self.class_names):,} class names, from 0 on: name all classes."
             )
 

@@ -63,7 +63,9 @@ def _class_part(archive: tar.Member, layout: RecordLayout) -> Part:
         for member in tar.members(archive.path, archive):
             yield layout.item(member.name, functools.partial(_record, member, label))
 
-    return Part(f"{archive.name} in {archive.path}", f"{file_stamp(archive.path)}:{archive}", items)
+    return Part(
+        f"{archive.name!r} in {archive.path}", f"{file_stamp(archive.path)}:{archive}", items
+    )
 
 
 def _validation_part(root: Path, layout: RecordLayout) -> Part:

@@ -42,7 +42,7 @@ def members(path: Path, inside: Member | None = None) -> Iterator[Member]:
     Raises:
         UserError: it is no tar file, is damaged, or ends too early.
     """
-    what = f"{inside.name} in {path}" if inside else str(path)
+    what = f"{inside.name!r} in {path}" if inside else str(path)
     with open(path, "rb") as file:
         start, size = (inside.offset, inside.size) if inside else (0, os.path.getsize(path))
         heads = _Heads(file, start, size)
