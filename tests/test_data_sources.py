@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from beit_jax.data import folder
+from beit_jax.data.collection import Collection, RecordLayout, records_part
 from beit_jax.data.digits import digits
 from beit_jax.data.record import Record
 from beit_jax.data.sources import few_labels, open_source
-from beit_jax.data.tfds_store import write_dataset
+from beit_jax.data.tfds_store import find_dataset
+from beit_jax.data.tfds_writer import write_dataset
 from beit_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -184,17 +186,22 @@ def test_tfds_slices_and_their_mistakes(digits_dir):
         open_source("tfds:digits:2.0.0", "train", data_dir=digits_dir)
 
 
+def write(name: str, data_dir: str, records, class_names=()) -> Path:
+    """Writes records as the split train; returns the data set's folder."""
+    layout = RecordLayout(bool(class_names), class_names, channels=None)
+    collection = Collection({"train": [records_part(name, records, layout)]}, layout)
+    return write_dataset(name, data_dir, collection).folder
+
+
 def test_several_configs_and_versions(tmp_path):
     record = Record(np.zeros((2, 2), np.uint8), -1, "x")
-    made = write_dataset("pets", str(tmp_path), {"train": [record]}, channels=1)
+    made = write("pets", str(tmp_path), [record])
     for place in ("small/1.2.0", "small/1.10.0", "large/1.0.0"):
         (tmp_path / "pets" / place).parent.mkdir(exist_ok=True)
         subprocess.run(["cp", "-r", made, tmp_path / "pets" / place], check=True)
     subprocess.run(["rm", "-r", made], check=True)
     with pytest.raises(UserError, match="tfds:pets/large, tfds:pets/small"):
         open_source("tfds:pets", "train", data_dir=str(tmp_path))
-    from beit_jax.data.tfds_store import find_dataset
-
     assert find_dataset("pets/small", str(tmp_path)).name == "1.10.0"
     assert find_dataset("pets/small:1.2.0", str(tmp_path)).name == "1.2.0"
     assert len(open_source("tfds:pets/large", "train", data_dir=str(tmp_path))) == 1
@@ -202,45 +209,46 @@ def test_several_configs_and_versions(tmp_path):
 
 def test_tfrecord_is_refused_with_the_way_out(tmp_path):
     record = Record(np.zeros((2, 2), np.uint8), -1, "x")
-    made = write_dataset("old", str(tmp_path), {"train": [record]}, channels=1)
+    made = write("old", str(tmp_path), [record])
     info = json.loads((made / "dataset_info.json").read_text())
     (made / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
-    with pytest.raises(UserError, match="stored as tfrecord .* --file_format=array_record"):
+    with pytest.raises(UserError, match="stored as tfrecord .* beit_jax.prepare tfrecord .*old"):
         open_source("tfds:old", "train", data_dir=str(tmp_path))
 
 
 def test_bytes_and_odd_names_survive_tfds(tmp_path):
     odd = b"\xff/\xc3\xa9 x.jpg".decode(errors="surrogateescape")
-    images = [b"anything \x00\xff", b""]
+    png = cv2.imencode(".png", np.eye(2, dtype=np.uint8))[1].tobytes()
+    images = [png + b"anything \x00\xff", png]
     records = [Record(data, i - 1, odd) for i, data in enumerate(images)]
-    write_dataset("odd", str(tmp_path), {"train": records}, class_names=("a", "b"))
+    write("odd", str(tmp_path), records, class_names=("a", "b"))
     source = open_source("tfds:odd", "train", data_dir=str(tmp_path))
     assert [source[i] for i in range(2)] == records
     assert list(source.labels()) == [-1, 0]
 
 
 def test_first_writer_wins_and_unfinished_data_is_invisible(tmp_path):
-    one, two = (Record(bytes([i]), -1, f"{i}.png") for i in (1, 2))
+    one, two = (Record(np.full((2, 2, 1), i, np.uint8), -1, f"{i}.png") for i in (1, 2))
 
     def slow_writer():
         yield two
         # Another process finishes the same data set while this one writes; this one is invisible.
         with pytest.raises(UserError, match="not prepared"):
             open_source("tfds:race", "train", data_dir=str(tmp_path))
-        write_dataset("race", str(tmp_path), {"train": [one]})
+        write("race", str(tmp_path), [one])
 
-    write_dataset("race", str(tmp_path), {"train": slow_writer()})
-    assert open_source("tfds:race", "train", data_dir=str(tmp_path))[0] == one
+    write("race", str(tmp_path), slow_writer())
+    assert open_source("tfds:race", "train", data_dir=str(tmp_path))[0].name == one.name
     assert [path.name for path in (tmp_path / "race").iterdir()] == ["1.0.0"]
 
 
 def test_a_failing_writer_leaves_nothing(tmp_path):
     def failing():
-        yield Record(b"x", -1, "x")
+        yield Record(np.zeros((2, 2), np.uint8), -1, "x")
         raise RuntimeError("disk on fire")
 
     with pytest.raises(RuntimeError):
-        write_dataset("half", str(tmp_path), {"train": failing()})
+        write("half", str(tmp_path), failing())
     assert not any((tmp_path / "half").iterdir())
 
 

@@ -1,9 +1,7 @@
 """`python -m beit_jax.prepare`: what it writes, what it leaves out, how it fails."""
 
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cv2
@@ -127,7 +125,7 @@ def test_mistakes_are_one_sentence_and_status_1(tmp_path, capsys, arguments, wor
     captured = capsys.readouterr()
     assert len(captured.err.strip().splitlines()) == 1, captured.err
     assert all(word in captured.err for word in words), captured.err
-    assert not (tmp_path / "x/1.0.0").exists()
+    assert not list((tmp_path / "x").glob("*"))
 
 
 def test_help_shows_an_example():
@@ -136,36 +134,3 @@ def test_help_shows_an_example():
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr
         assert "python -m beit_jax.prepare folder ~/imagenet --name=imagenet2012" in done.stdout
-
-
-def test_a_killed_run_leaves_nothing_that_reads_as_complete(tmp_path, capsys):
-    source = fill(tmp_path / "images", *(f"{i}.jpg" for i in range(1200)))
-    os.mkfifo(source / "9999.jpg")  # the last image; reading it waits for ever
-    arguments = ["folder", str(source), "--name=half", f"--data_dir={tmp_path}", "--holdout=0"]
-    running = subprocess.Popen([sys.executable, "-m", "beit_jax.prepare", *arguments], cwd=ROOT)
-    deadline = time.monotonic() + 60
-    try:
-        while not (left := list((tmp_path / "half").glob("incomplete.*/half-train*"))):
-            assert time.monotonic() < deadline and running.poll() is None
-            time.sleep(0.05)
-    finally:
-        running.kill()
-    assert running.wait(60) != 0 and left
-    with pytest.raises(UserError, match="not prepared"):
-        open_source("tfds:half", "train", data_dir=str(tmp_path))
-    # The next run says what lies there, and finishes.
-    (source / "9999.jpg").unlink()
-    assert prepare.main(arguments) == 0
-    assert f"{left[0].parent} is of another run" in capsys.readouterr().out
-    assert len(open_source("tfds:half", "train", data_dir=str(tmp_path))) == 1200
-
-
-def test_an_interrupted_run_cleans_up(tmp_path, capsys, monkeypatch):
-    def interrupt(image):
-        raise KeyboardInterrupt
-
-    source = fill(tmp_path / "images", "1.jpg")
-    monkeypatch.setattr(prepare, "read_pixels", interrupt)
-    assert prepare.main(["folder", str(source), "--name=half", f"--data_dir={tmp_path}"]) == 130
-    assert not list((tmp_path / "half").iterdir())
-    assert "interrupted; nothing was kept" in capsys.readouterr().err

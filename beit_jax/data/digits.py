@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from beit_jax.data.collection import Collection, RecordLayout, records_part
 from beit_jax.data.decode import read_pixels
 from beit_jax.data.masks import LabelMap
 from beit_jax.data.record import Record
-from beit_jax.data.tfds_store import TfdsSource, dataset_dir, write_dataset
+from beit_jax.data.tfds_store import TfdsSource, dataset_dir
+from beit_jax.data.tfds_writer import Written, write_dataset
 
 NAME = "digits"
 SPLITS = {"train": 1097, "validation": 350, "test": 350}  # of 1,797 images
@@ -40,11 +42,11 @@ def ensure_digits(data_dir: str) -> None:
         write_digits(data_dir)
 
 
-def write_digits(data_dir: str, name: str = NAME):
-    """Writes the digits as the TFDS data set `name` and returns its folder."""
-    return write_dataset(
-        name, data_dir, digits(), class_names=CLASSES, channels=1, description=_DESCRIPTION
-    )
+def write_digits(data_dir: str, name: str = NAME) -> Written:
+    """Writes the digits as the TFDS data set `name`."""
+    layout = RecordLayout(True, CLASSES, channels=1)
+    splits = {split: [records_part(split, found, layout)] for split, found in digits().items()}
+    return write_dataset(name, data_dir, Collection(splits, layout, _DESCRIPTION))
 
 
 def digits() -> dict[str, list[Record]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from beit_jax.data.decode import SUFFIXES
+from beit_jax.data.paths import local_path
 from beit_jax.data.record import Record, Source
 from beit_jax.errors import UserError
 
@@ -81,7 +82,7 @@ def choose_split(path: str, split: str, splits: dict[str, Source]) -> Source:
 
 def folder_splits(path: str, holdout: float) -> dict[str, FolderSource]:
     """All splits of a folder that hold an image, with one set of class names."""
-    root = _root(path)
+    root = local_path(path)
     if not root.is_dir():
         raise UserError(
             f"there is no folder {root}; config.data.source=folder:PATH needs the folder that "
@@ -99,10 +100,6 @@ def folder_splits(path: str, holdout: float) -> dict[str, FolderSource]:
         parts["validation"] = parts.setdefault("train", root)
     order = [name for name in SPLIT_FOLDERS if found.get(name)]
     return {n: _make_source(root, parts[n], found[n], classes, n) for n in order}
-
-
-def _root(path: str) -> Path:
-    return Path(os.path.expanduser(path)).absolute()
 
 
 def _make_source(root: Path, part: Path, names: list[str], classes: tuple, split: str):
@@ -153,9 +150,8 @@ def hold_out(names: list[str], share: float) -> tuple[list[str], list[str]]:
     At least one name is held out where `share` is above 0 and two or more are there, and at least
     one is kept.
     """
-    if not 0 <= share < 1:
-        raise UserError(f"config.data.holdout is {share}; it must be at least 0 and below 1.")
-    places = {name: _hash_to_unit(name) for name in names}
+    check_share(share)
+    places = {name: hash_to_unit(name) for name in names}
     held = {name for name, place in places.items() if place < share}
     if share and len(names) > 1:
         by_place = sorted(names, key=places.get)
@@ -164,7 +160,14 @@ def hold_out(names: list[str], share: float) -> tuple[list[str], list[str]]:
     return [n for n in names if n not in held], [n for n in names if n in held]
 
 
-def _hash_to_unit(name: str) -> float:
+def check_share(share: float) -> None:
+    """Raises UserError where a share to hold out is none."""
+    if not 0 <= share < 1:
+        raise UserError(f"config.data.holdout is {share}; it must be at least 0 and below 1.")
+
+
+def hash_to_unit(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
     text = name.replace(os.sep, "/").encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) / 2**64
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from beit_jax.data.folder import ALL, hold_out, list_images
 from beit_jax.data.masks import LabelMap
+from beit_jax.data.paths import local_path
 from beit_jax.data.record import Record
 from beit_jax.errors import UserError
 
@@ -71,7 +72,7 @@ class SceneFolder:
 
 def is_scene_folder(path: str) -> bool:
     """Whether a folder is laid out so."""
-    return all((_root(path) / name).is_dir() for name in (IMAGES, LABEL_MAPS))
+    return all((local_path(path) / name).is_dir() for name in (IMAGES, LABEL_MAPS))
 
 
 def scene_splits(path: str, holdout: float) -> dict[str, SceneFolder]:
@@ -80,7 +81,7 @@ def scene_splits(path: str, holdout: float) -> dict[str, SceneFolder]:
     Raises:
         UserError: an image or a label map is alone, or there are none.
     """
-    root = _root(path)
+    root = local_path(path)
     classes = read_classes(root)
     parts = {
         split: folders
@@ -97,10 +98,6 @@ def scene_splits(path: str, holdout: float) -> dict[str, SceneFolder]:
             [(name, of[name]) for name in names] for names in hold_out(list(of), holdout)
         )
     return {n: SceneFolder(root, pairs[n], classes, n) for n in SPLIT_FOLDERS if pairs.get(n)}
-
-
-def _root(path: str) -> Path:
-    return Path(os.path.expanduser(path)).absolute()
 
 
 def _split_folders(root: Path, names: tuple[str, ...]) -> tuple[str, str] | None:

@@ -1,29 +1,23 @@
-"""TFDS data sets on disk: find, read and write them as ArrayRecord, without TensorFlow.
+"""TFDS data sets on disk: find and read them as ArrayRecord, without TensorFlow.
 
 They are found by looking into the data folder and nowhere else: TFDS's own look-up by name may
 import a data set's code or ask the network, and its code for `imagenet2012` would look for another
 version than the one that `prepare` wrote.
 """
 
-import itertools
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
+from beit_jax.data.paths import local_path
 from beit_jax.data.record import Record
 from beit_jax.errors import UserError
 
 VERSION = "1.0.0"  # of what is written here
-_INCOMPLETE = f"incomplete.{VERSION}_"  # TFDS ignores such names, and so does find_dataset
-SHARD_EXAMPLES = 10_000
-_WRITE_CHUNK = 1000  # TFDS rewrites the data set's metadata after each chunk
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -31,7 +25,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 def data_root(data_dir: str) -> Path:
     """The folder of all TFDS data sets: `data_dir`, or TFDS's default where it is empty."""
     default = os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
-    return Path(os.path.expanduser(data_dir or default)).absolute()
+    return local_path(data_dir or default)
 
 
 class TfdsSource:
@@ -41,18 +35,10 @@ class TfdsSource:
 
     def __init__(self, name: str, split: str, data_dir: str):
         builder = tfds.builder_from_directory(str(find_dataset(name, data_dir)))
-        features = builder.info.features
-        self._image, self._label, self._file_name = _feature_keys(features, name)
-        keys = [key for key in (self._image, self._label, self._file_name) if key]
+        self._features = ImageFeatures.of(builder.info.features, f"tfds:{name}")
         self._split = split
         self._data = _open_split(builder, split, name)
-        # Only these features are parsed, and the image stays encoded: OpenCV decodes it later.
-        self._features = tfds.features.FeaturesDict({key: features[key] for key in keys})
-        self._decoders = {self._image: tfds.decode.SkipDecoding()}
-        self._only_label = tfds.features.FeaturesDict(
-            {key: features[key] for key in keys if key == self._label}
-        )
-        self.class_names = tuple(features[self._label].names) if self._label else ()
+        self.class_names = self._features.class_names
         full = builder.info.full_name
         self.description = (
             f"tfds:{full}, {split}: {len(self._data):,} images, {len(self.class_names)} classes"
@@ -63,25 +49,57 @@ class TfdsSource:
         return len(self._data)
 
     def __getitem__(self, index: int) -> Record:
-        example = self._features.deserialize_example_np(self._data[index], decoders=self._decoders)
-        label = int(example[self._label]) if self._label else -1
-        name = f"{self._split}, example {index}"
-        if self._file_name:
-            name = example[self._file_name].decode(errors="surrogateescape")
-        return Record(example[self._image], label, name)
+        return self._features.record(self._data[index], f"{self._split}, example {index}")
 
     def name(self, index: int) -> str:
         return self[index].name
 
     def labels(self) -> np.ndarray:
-        if not self._label:
+        if not self.class_names:
             return np.full(len(self), -1, np.int32)
-        parse = self._only_label.deserialize_example_np
-        return np.array([parse(data)[self._label] for data in self._data], np.int32)
+        return np.array([self._features.label_of(data) for data in self._data], np.int32)
+
+
+class ImageFeatures(NamedTuple):
+    """What of a TFDS data set's features makes a `Record`."""
+
+    image: str  # its key
+    label: str  # its key, "" where there is none
+    file_name: str  # its key, "" where there is none
+    class_names: tuple[str, ...]
+    parsed: tfds.features.FeaturesDict  # those of these keys
+    parsed_label: tfds.features.FeaturesDict
+
+    @classmethod
+    def of(cls, features: tfds.features.FeaturesDict, where: str) -> "ImageFeatures":
+        """Finds them; raises UserError where no feature is the image."""
+        image, label, file_name = _feature_keys(features, where)
+        keys = [key for key in (image, label, file_name) if key]
+        return cls(
+            image,
+            label,
+            file_name,
+            tuple(features[label].names) if label else (),
+            tfds.features.FeaturesDict({key: features[key] for key in keys}),
+            tfds.features.FeaturesDict({key: features[key] for key in keys if key == label}),
+        )
+
+    def record(self, data: bytes, name: str) -> Record:
+        """A serialised example, its image still encoded; `name` where the example has none."""
+        # OpenCV decodes the image later.
+        skip = {self.image: tfds.decode.SkipDecoding()}
+        example = self.parsed.deserialize_example_np(data, decoders=skip)
+        if self.file_name:
+            name = example[self.file_name].decode(errors="surrogateescape")
+        return Record(example[self.image], int(example[self.label]) if self.label else -1, name)
+
+    def label_of(self, data: bytes) -> int:
+        """The label of a serialised example, of which nothing else is parsed."""
+        return self.parsed_label.deserialize_example_np(data)[self.label]
 
 
 def find_dataset(name: str, data_dir: str) -> Path:
-    """The folder of NAME[/CONFIG][:VERSION]: the newest version where none is given.
+    """The folder of NAME[/CONFIG][:VERSION]: the newest in ArrayRecord where none is given.
 
     Raises:
         UserError: nothing is prepared under this name, or more than one config.
@@ -107,8 +125,11 @@ def find_dataset(name: str, data_dir: str) -> Path:
         )
     if not versions:
         raise UserError(_how_to_prepare(stem, root, data_dir))
-    newest = max(versions, key=lambda v: tuple(map(int, v.split("."))))
-    return versions[version or newest]
+    if version:
+        return versions[version]
+    # TFDS's own files may lie beside those that `prepare` wrote from them.
+    readable = {name for name, path in versions.items() if any(path.glob("*.array_record*"))}
+    return versions[max(readable or versions, key=lambda v: tuple(map(int, v.split("."))))]
 
 
 def _versions(folder: Path) -> dict[str, Path]:
@@ -124,20 +145,23 @@ def _versions(folder: Path) -> dict[str, Path]:
 
 def _how_to_prepare(stem: str, root: Path, data_dir: str) -> str:
     where = f" --data_dir={root}" if data_dir else ""
-    command = f"python -m beit_jax.prepare folder SRC --name={stem}{where}"
+    command = "python -m beit_jax.prepare"
     own = "for your own images pass --config.data.source=folder:PATH"
     if stem == "imagenet2012":
         return (
-            f"ImageNet is not prepared (tfds:{stem} is not in {root}): unpack its images into "
-            f"SRC/train/CLASS/*.JPEG and SRC/val/CLASS/*.JPEG and run `{command}`; {own}."
+            f"ImageNet is not prepared (tfds:{stem} is not in {root}): put its two tar files into "
+            f"SRC and run `{command} imagenet SRC{where}`, or unpack its images into "
+            "SRC/train/CLASS/*.JPEG and SRC/val/CLASS/*.JPEG and run "
+            f"`{command} folder SRC --name={stem}{where}`; {own}."
         )
     return (
-        f"tfds:{stem} is not prepared in {root}: write it from a folder of images with "
-        f"`{command}`, or with TFDS's own `tfds build {stem} --file_format=array_record`; {own}."
+        f"tfds:{stem} is not prepared in {root}: write it from what you have (`{command} --help`), "
+        f"for example a folder of images with `{command} folder SRC --name={stem}{where}`, or with "
+        f"TFDS's own `tfds build {stem} --file_format=array_record`; {own}."
     )
 
 
-def _feature_keys(features, name: str) -> tuple[str, str, str]:
+def _feature_keys(features, where: str) -> tuple[str, str, str]:
     """Keys of the image, the label and the file's name; "" for those that are not there."""
     images = [key for key, f in features.items() if type(f) is tfds.features.Image]
     labels = [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
@@ -145,7 +169,7 @@ def _feature_keys(features, name: str) -> tuple[str, str, str]:
     label = "label" if "label" in labels else labels[0] if len(labels) == 1 else ""
     if not image:
         raise UserError(
-            f"tfds:{name} has no feature `image` and not exactly one image feature (it has "
+            f"{where} has no feature `image` and not exactly one image feature (it has "
             f"{', '.join(features)}): choose another data set or use folder:PATH."
         )
     texts = ("file_name", "filename", "image/filename")
@@ -158,9 +182,8 @@ def _open_split(builder, split: str, name: str):
     if "array_record" not in formats:
         raise UserError(
             f"tfds:{name} is stored as {', '.join(sorted(formats))} in {builder.data_dir}, which "
-            "cannot be read at random: prepare it as ArrayRecord with TFDS's own `tfds build "
-            f"{name} --file_format=array_record`, or from a folder of images with `python -m "
-            "beit_jax.prepare folder SRC --name=NAME`."
+            "cannot be read at random: copy it into ArrayRecord with `python -m beit_jax.prepare "
+            f"tfrecord {builder.data_dir} --name={builder.name}`."
         )
     try:
         examples = builder.info.splits[split].num_examples
@@ -178,92 +201,10 @@ def _open_split(builder, split: str, name: str):
     )
 
 
-def write_dataset(
-    name: str,
-    data_dir: str,
-    splits: Mapping[str, Iterable[Record]],
-    *,
-    class_names: tuple[str, ...] = (),
-    channels: int | None = 3,
-    description: str = "",
-    accept: Callable[[], None] = lambda: None,
-) -> Path:
-    """Writes records as the TFDS data set `name`, all or nothing, and returns its folder.
-
-    Features: `image` (encoded bytes as they are; arrays as PNG), `file_name`, and `label` where
-    there are class names. It is written beside its place and renamed when complete, so that
-    a killed run leaves nothing that reads as a data set, and of several processes that write the
-    same one the first to finish wins and the others' work is dropped. `accept` is called before
-    the renaming and may raise to keep it from happening.
-
-    Raises:
-        UserError: the name is none that TFDS takes, or nothing can be written there.
-    """
-    target = dataset_dir(name, data_dir)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=_INCOMPLETE, dir=target.parent))
-        work.chmod(0o755)
-    except OSError as error:
-        raise UserError(
-            f"{target.parent} cannot be written ({error.strerror}): choose a folder for TFDS data "
-            "sets by config.data.data_dir, by --data_dir of beit_jax.prepare or by $TFDS_DATA_DIR."
-        ) from None
-    try:
-        _write_splits(name, work, splits, class_names, channels, description)
-        accept()
-        try:
-            work.rename(target)
-        except OSError:
-            if not _versions(target.parent).get(VERSION):
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target
-
-
-def leftovers(name: str, data_dir: str) -> list[Path]:
-    """What killed writers of the data set left, or what is being written now."""
-    return sorted(dataset_dir(name, data_dir).parent.glob(f"{_INCOMPLETE}*"))
-
-
 def dataset_dir(name: str, data_dir: str) -> Path:
-    """Where `write_dataset` puts the data set; raises UserError where the name is none."""
+    """Where a data set is written; raises UserError where the name is none that TFDS takes."""
     if not _NAME.fullmatch(name):
         raise UserError(
             f"--name={name} is no TFDS name: use small letters, digits and _, a letter first."
         )
     return data_root(data_dir) / name / VERSION
-
-
-def _write_splits(name, folder, splits, class_names, channels, description) -> None:
-    features = {
-        "image": tfds.features.Image(shape=(None, None, channels)),
-        "file_name": tfds.features.Text(),
-    }
-    if class_names:
-        features["label"] = tfds.features.ClassLabel(names=list(class_names))
-    identity = tfds.core.dataset_builder.dataset_info.DatasetIdentity(
-        name=name, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=__name__
-    )
-    info = tfds.core.DatasetInfo(
-        builder=identity,
-        features=tfds.features.FeaturesDict(features),
-        description=description or f"Written by beit_jax from {name}.",
-    )
-    writer = tfds.core.SequentialWriter(info, SHARD_EXAMPLES, file_format="array_record")
-    writer.initialize_splits(list(splits))
-    for split, records in splits.items():
-        examples = (_example(record, bool(class_names)) for record in records)
-        while chunk := list(itertools.islice(examples, _WRITE_CHUNK)):
-            writer.add_examples({split: chunk})
-    writer.close_all()
-
-
-def _example(record: Record, labelled: bool) -> dict:
-    image = record.image
-    if isinstance(image, np.ndarray):
-        colour = image.ndim == 3 and image.shape[2] == 3
-        image = cv2.imencode(".png", image[..., ::-1] if colour else image)[1].tobytes()
-    example = {"image": image, "file_name": record.name.encode(errors="surrogateescape")}
-    return {**example, "label": record.label} if labelled else example
