@@ -134,7 +134,8 @@ def test_remat_changes_no_number():
         return jax.jit(gradient)(params), str(jax.make_jaxpr(gradient)(params))
 
     (plain, text), (remat, remat_text) = gradients(False), gradients(True)
-    assert "remat" in remat_text and "remat" not in text
+    products = [found.count("dot_general[") for found in (text, remat_text)]
+    assert products[1] > products[0]  # those of the forward pass are made again
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, remat)
 
 
