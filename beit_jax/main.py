@@ -5,7 +5,6 @@ python -m beit_jax.main --config=configs/mim_base.py --config.data.source=folder
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from beit_jax import checkpoint, command_line, predict, stored_config, train
+from beit_jax import checkpoint, command_line, distributed, predict, stored_config, train
 from beit_jax.errors import UserError
 from beit_jax.run import Run
 
@@ -56,33 +55,31 @@ def main(argv: list[str]) -> None:
     """Reads the flags and runs one training, evaluation or prediction."""
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag; values are given as --config.key=value.")
-    start_distributed()
+    if not CONFIG.value:
+        raise UserError(
+            "--config is missing; for example: python -m beit_jax.main "
+            "--config=configs/mim_base.py --config.data.source=folder:PHOTOS"
+        )
+    mesh = CONFIG.value.mesh
+    distributed.start(
+        COORDINATOR.value,
+        NUM_PROCESSES.value,
+        PROCESS_ID.value,
+        start_timeout=mesh.start_timeout,
+        heartbeat_timeout=mesh.heartbeat_timeout,
+    )
     folder, config = resolve()
+    same = {"--mode": MODE.value, "--workdir": str(folder)}
+    same |= {f"config.{key}": value for key, value in _flat(config.to_dict())}
+    distributed.agree(same, mesh.start_timeout)
     if MODE.value == "predict":
         predict.write(config, folder)
     else:
         Run(config, folder).execute(MODE.value)
 
 
-def start_distributed() -> None:
-    """Joins the other processes: by flags, or on a TPU pod slice by itself."""
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    given = [flag.value is not None for flag in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)]
-    if any(given) and not all(given):
-        raise UserError("--coordinator, --num_processes and --process_id go together; give all.")
-    if COORDINATOR.value:
-        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    elif len(hosts) > 1:
-        jax.distributed.initialize()
-
-
 def resolve() -> tuple[Path, ConfigDict]:
     """The run's folder and its config, checked against what the folder already holds."""
-    if not CONFIG.value:
-        raise UserError(
-            "--config is missing; for example: python -m beit_jax.main "
-            "--config=configs/mim_base.py --config.data.source=folder:PHOTOS"
-        )
     path, *preset = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)
     run = Path(WORKDIR.value or Path("runs", "_".join([Path(path).stem, *preset]))).expanduser()
     stored = checkpoint.read_config(run) if (run / "config.json").is_file() else None
@@ -154,13 +151,18 @@ def command() -> None:
         app.run(main, flags_parser=parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        distributed.fail(error, 1)
         sys.exit(1)
     except train.Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(130)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        distributed.fail(error, 130)
         sys.exit(130)
+    except Exception as error:
+        distributed.fail(error, 1)
+        raise
 
 
 if __name__ == "__main__":

@@ -185,6 +185,8 @@ def get_config() -> ConfigDict:
 
     config.mesh = mesh = ConfigDict()
     mesh.fsdp = 1  # devices that share one copy of the parameters; the rest is data-parallel
+    mesh.start_timeout = 60  # seconds until all processes of a run must have come, devices ready
+    mesh.heartbeat_timeout = 30  # seconds of silence after which a process counts as lost
 
     config.lock()
     return config

@@ -71,3 +71,19 @@ prepare_environment() {
         fail "The installation failed, pip says why above; mend that and run this again."
     echo "$wanted" >"$stamp"
 }
+
+# The status of a process that ended because another one had: JAX's abort, and what main makes alike.
+# shellcheck disable=SC2034
+ANOTHER_FAILED=134
+
+# outcome STATUS: what became of a process, as the end of a sentence about it.
+outcome() {
+    case $1 in
+    0) echo "has finished" ;;
+    130) echo "was asked to stop, and saved" ;;
+    134) echo "was ended by JAX because another process was lost" ;;
+    137) echo "was killed (signal 9), by a person or for want of memory" ;;
+    129 | 1[3-5]? | 16[0-4]) echo "was ended by signal $(($1 - 128)) ($(kill -l "$1"))" ;;
+    *) echo "failed with status $1; its own output says why" ;;
+    esac
+}

@@ -19,6 +19,7 @@ FLOORS = [
     {
         "augment",
         "command_line",
+        "distributed",
         "limits",
         "losses",
         "masking",

@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Several processes of one run on this machine, as on as many hosts: to try that, or a GPU for each.
+set -euo pipefail
+
+if [[ ${1:-} == --help || ${1:-} == -h || $# == 0 ]]; then
+    cat <<'HELP'
+Usage: launch/local_processes.sh NUMBER [--] ARGUMENT ...   of `python -m beit_jax.main`
+
+Starts NUMBER processes that train together, shares the machine's GPUs out among them, and marks
+each line with the number of its process. Ctrl-C stops them all after a checkpoint, a second one at
+once. When one fails the others are ended, and the last line says which it was, and of what. VENV
+(default: .venv) is the environment that launch/worker.sh install makes.
+
+Example:
+  launch/local_processes.sh 2 -- --config=configs/digits_dvae.py --workdir=runs/two
+HELP
+    exit
+fi
+
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+PATIENCE=15 # seconds in which the others may end by themselves, saying why
+number=$1
+shift
+[[ ${1:-} != -- ]] || shift
+[[ $number =~ ^[1-9][0-9]*$ ]] || fail "How many processes? launch/local_processes.sh 2 -- --config=..."
+[[ -x $VENV/bin/python ]] || fail "beit_jax is not installed; run launch/worker.sh install first."
+gpus=0
+if [[ ${JAX_PLATFORMS:-} != cpu ]] && command -v nvidia-smi >/dev/null; then
+    gpus=$(nvidia-smi --list-gpus | wc -l)
+    ((gpus % number == 0)) || fail "$gpus GPUs cannot be shared out evenly among $number processes;" \
+        "start another number of them."
+fi
+port=$("$VENV/bin/python" -c \
+    'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
+
+pids=()      # of each process
+running=()   # the numbers of those that live
+failed=()    # the numbers of those that ended with another status than 0, in order
+statuses=()  # of those that ended
+markers=()   # the programs that mark their lines
+signals=0    # how often this script was asked to stop
+
+start() {
+    local process=$1 share=$((gpus / number)) out
+    shift
+    exec {out}> >(trap '' INT TERM && exec sed --unbuffered "s/^/[$process] /")
+    markers+=($!)
+    ((share == 0)) || export JAX_LOCAL_DEVICE_IDS
+    JAX_LOCAL_DEVICE_IDS=$(seq --separator=, $((process * share)) $((process * share + share - 1)))
+    "$VENV/bin/python" -u -m beit_jax.main "$@" --coordinator="localhost:$port" \
+        --num_processes="$number" --process_id="$process" >&"$out" 2>&1 &
+    pids+=($!)
+    running+=("$process")
+    exec {out}>&-
+}
+
+# send SIGNAL: to every process that lives.
+send() {
+    local process
+    for process in "${running[@]}"; do kill "-$1" "${pids[process]}" 2>/dev/null || true; done
+}
+
+# Processes in the background do not hear Ctrl-C; TERM makes them save.
+stop() {
+    signals=$((signals + 1))
+    if ((signals == 1)); then send TERM; else send KILL; fi
+}
+
+# Notes who has ended since the last look.
+look() {
+    local process status alive=()
+    for process in "${running[@]}"; do
+        if kill -0 "${pids[process]}" 2>/dev/null; then
+            alive+=("$process")
+            continue
+        fi
+        status=0
+        wait "${pids[process]}" || status=$?
+        statuses[process]=$status
+        ((status == 0)) || failed+=("$process")
+    done
+    running=("${alive[@]}")
+}
+
+trap stop INT TERM
+for ((process = 0; process < number; process++)); do start "$process" "$@"; done
+until ((${#running[@]} == 0)); do
+    sleep 0.1 || true # Ctrl-C ends it
+    look
+    ((${#failed[@]} && !signals)) || deadline=$((SECONDS + PATIENCE))
+    ((SECONDS < deadline)) || send KILL
+done
+wait "${markers[@]}" # until the last line is out
+((${#failed[@]})) || exit 0
+
+culprit=${failed[0]}
+for process in "${failed[@]}"; do
+    if ((statuses[process] != ANOTHER_FAILED)); then
+        culprit=$process
+        break
+    fi
+done
+((statuses[culprit] == 130)) || echo "launch/local_processes.sh: process $culprit" \
+    "$(outcome "${statuses[culprit]}"), and the others were ended; the same command goes on from" \
+    "the last checkpoint." >&2
+exit "${statuses[culprit]}"
