@@ -29,7 +29,7 @@ POLL_SECONDS = 1.0
 FAILED = "beit_jax/failed/"  # in the key-value store: process -> why it failed
 STARTED = "beit_jax/started/"  # process -> what it runs, and on what
 ANOTHER_FAILED = 134  # exit status: that of JAX's own abort after it has lost a process
-_ending = threading.Event()
+_ending = threading.Event()  # no need to watch any more: the others know why this process ends
 
 
 def start(
@@ -58,6 +58,8 @@ def start(
         raise UserError("--coordinator, --num_processes and --process_id go together; give all.")
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
         raise UserError(f"--coordinator={coordinator} must be host:port; add the port.")
+    if coordinator is not None and not 0 <= number < processes:
+        raise UserError(f"--process_id={number} must be from 0 to --num_processes={processes} - 1.")
     if start_timeout <= 0 or heartbeat_timeout <= 0:
         raise UserError(
             "config.mesh.start_timeout and config.mesh.heartbeat_timeout must be above 0 seconds."
@@ -72,10 +74,10 @@ def start(
                 initialization_timeout=start_timeout + 60,
                 heartbeat_timeout_seconds=heartbeat_timeout,
             )
-        except ValueError as error:
+        except ValueError:
             if coordinator is None:  # a TPU's library, but no TPU
                 return
-            raise UserError(f"--num_processes or --process_id is wrong: {error}") from error
+            raise
         except jax.errors.JaxRuntimeError as error:
             raise UserError(
                 f"process 0 cannot listen at {internals.global_state.coordinator_address}; is the "
@@ -116,6 +118,7 @@ def agree(facts: dict[str, object], timeout: int) -> None:
         for key in dict.fromkeys([*first, *note]):
             ours, theirs = first.get(key, "nothing"), note.get(key, "nothing")
             if ours != theirs and key != "host":
+                _ending.set()  # all see this, and each says so itself
                 raise UserError(
                     f"process {other} ({note['host']}) has {key}={theirs}, but process 0 "
                     f"({first['host']}) has {ours}; start the same command on machines of one kind."
@@ -129,14 +132,16 @@ def fail(error: BaseException, status: int) -> None:
     """
     if alone():
         return
+    known = _ending.is_set()
     _ending.set()
     if not isinstance(error, UserError | KeyboardInterrupt):
         traceback.print_exception(error)
     number = internals.global_state.process_id
     try:
-        reason = str(error) if isinstance(error, UserError) else repr(error)
-        note = {"host": socket.gethostname(), "reason": reason}
-        internals.global_state.client.key_value_set(f"{FAILED}{number}", json.dumps(note))
+        if not known:
+            reason = str(error) if isinstance(error, UserError) else repr(error)
+            note = json.dumps({"host": socket.gethostname(), "reason": reason})
+            internals.global_state.client.key_value_set(f"{FAILED}{number}", note)
         if number == 0:  # the store is here: the others read it first
             time.sleep(3 * POLL_SECONDS)
     finally:

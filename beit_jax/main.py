@@ -80,6 +80,11 @@ def main(argv: list[str]) -> None:
 
 def resolve() -> tuple[Path, ConfigDict]:
     """The run's folder and its config, checked against what the folder already holds."""
+    if "://" in (WORKDIR.value or ""):
+        raise UserError(
+            f"--workdir={WORKDIR.value} is no folder; mount the bucket (gcsfuse, rclone), or a "
+            "file server where there are several hosts, and name the folder."
+        )
     path, *preset = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)
     run = Path(WORKDIR.value or Path("runs", "_".join([Path(path).stem, *preset]))).expanduser()
     stored = checkpoint.read_config(run) if (run / "config.json").is_file() else None

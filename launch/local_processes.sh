@@ -19,7 +19,7 @@ fi
 
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-PATIENCE=15 # seconds in which the others may end by themselves, saying why
+PATIENCE=${PATIENCE:-15} # seconds in which the others may end by themselves, saying why
 number=$1
 shift
 [[ ${1:-} != -- ]] || shift
@@ -62,6 +62,7 @@ send() {
 }
 
 # Processes in the background do not hear Ctrl-C; TERM makes them save.
+# shellcheck disable=SC2329
 stop() {
     signals=$((signals + 1))
     if ((signals == 1)); then send TERM; else send KILL; fi
@@ -84,6 +85,8 @@ look() {
 }
 
 trap stop INT TERM
+trap 'send KILL' EXIT # leaves nothing behind, whatever happens here
+deadline=$((SECONDS + PATIENCE))
 for ((process = 0; process < number; process++)); do start "$process" "$@"; done
 until ((${#running[@]} == 0)); do
     sleep 0.1 || true # Ctrl-C ends it
@@ -91,7 +94,10 @@ until ((${#running[@]} == 0)); do
     ((${#failed[@]} && !signals)) || deadline=$((SECONDS + PATIENCE))
     ((SECONDS < deadline)) || send KILL
 done
-wait "${markers[@]}" # until the last line is out
+# Until the last line is out; what a killed process leaves running may hold on to the output.
+last=$((SECONDS + 2))
+while kill -0 "${markers[@]}" 2>/dev/null && ((SECONDS < last)); do sleep 0.1; done
+kill -KILL "${markers[@]}" 2>/dev/null || true
 ((${#failed[@]})) || exit 0
 
 culprit=${failed[0]}

@@ -7,6 +7,7 @@ usage() {
 Usage: launch/tpu_vm.sh create  NAME --zone=ZONE --type=TYPE [--version=IMAGE] [--spot]
        launch/tpu_vm.sh install NAME --zone=ZONE
        launch/tpu_vm.sh run     NAME --zone=ZONE -- ARGUMENT ...
+       launch/tpu_vm.sh keep    NAME --zone=ZONE --type=TYPE [--spot] -- ARGUMENT ...
        launch/tpu_vm.sh log     NAME --zone=ZONE [--worker=NUMBER]
        launch/tpu_vm.sh stop    NAME --zone=ZONE
        launch/tpu_vm.sh delete  NAME --zone=ZONE
@@ -15,19 +16,23 @@ Usage: launch/tpu_vm.sh create  NAME --zone=ZONE --type=TYPE [--version=IMAGE] [
   install  copies this folder's files to every worker and installs beit_jax[tpu] there
   run      starts `python -m beit_jax.main ARGUMENT ...` on every worker, after stopping what an
            earlier `run` left; a run goes on from its last checkpoint. It lives on when this ends.
+  keep     creates, installs and runs, and does so again whenever the slice is preempted or a host of
+           it restarts, until the run has finished or failed; leave it running in a tmux, say
   log      the last lines of every worker's log, or of one worker's
 Also --project=PROJECT (default: gcloud's own) and --dry-run (prints the commands, runs nothing).
 
-After a preemption, say the same create, install and run again. Several hosts need a --workdir that
-all of them see, a gs:// path as a rule.
+Several hosts need a --workdir that all of them see: a Filestore (NFS) folder mounted on each, say.
 
-Example:
+Examples:
   launch/tpu_vm.sh create  beit --zone=us-central2-b --type=v4-32
   launch/tpu_vm.sh install beit --zone=us-central2-b
   launch/tpu_vm.sh run     beit --zone=us-central2-b -- \
-      --config=configs/mim_base.py --config.data.data_dir=gs://bucket/data --workdir=gs://bucket/run
+      --config=configs/mim_base.py --config.data.data_dir=gs://bucket/data --workdir=/shared/run
+  launch/tpu_vm.sh keep    beit --zone=us-central2-b --type=v4-32 --spot -- --workdir=/shared/run
 HELP
 }
+
+PAUSE=${PAUSE:-60} # seconds between two looks of `keep`
 
 fail() {
     echo "$*" >&2
@@ -66,13 +71,21 @@ image_of() {
     esac
 }
 
-create() {
+# What Google says of the slice, nothing if there is none; asked in a dry run too.
+slice_state() {
+    gcloud compute tpus tpu-vm describe "$name" --zone="$zone" ${project:+--project="$project"} \
+        --format="value(state)" 2>/dev/null || true
+}
+
+check_kind() {
     [[ -n $type ]] || fail "Which kind of slice? Add --type=TYPE, v4-32 or v5litepod-16, say."
-    local state=""
     version=${version:-$(image_of "$type")}
-    # Asked also in a dry run: it changes nothing.
-    state=$(gcloud compute tpus tpu-vm describe "$name" --zone="$zone" \
-        ${project:+--project="$project"} --format="value(state)" 2>/dev/null) || true
+}
+
+create() {
+    check_kind
+    local state
+    state=$(slice_state)
     case $state in
     READY)
         echo "$name is ready already."
@@ -103,12 +116,53 @@ install() {
 tar xzf beit_jax.tar.gz -C beit_jax && cd beit_jax && EXTRAS=tpu launch/worker.sh install"
 }
 
+nothing_to_run() {
+    fail "Nothing to run; add -- and arguments of python -m beit_jax.main," \
+        "for example: -- --config=configs/mim_base.py --workdir=/shared/run"
+}
+
 run() {
-    ((${#arguments[@]})) || fail "Nothing to run; add -- and arguments of python -m beit_jax.main," \
-        "for example: -- --config=configs/mim_base.py --workdir=gs://bucket/run"
+    ((${#arguments[@]})) || nothing_to_run
     # Quoted once for the shell there; a process that ran before has let go of the chips then.
     on_worker all "launch/worker.sh stop"
-    on_worker all "launch/worker.sh start $(printf '%q ' "${arguments[@]}")"
+    # A host whose chips cannot be had fails, and does not go on as a slow one on its CPU.
+    on_worker all "JAX_PLATFORMS=tpu,cpu launch/worker.sh start $(printf '%q ' "${arguments[@]}")"
+}
+
+# What has become of the run: running, finished, failed, lost, or unknown while no host answers.
+verdict() {
+    local said
+    [[ $(slice_state) == READY ]] || { echo lost && return; }
+    said=$(on_worker all "launch/worker.sh state") || { echo unknown && return; }
+    said=$(grep -Ex "running|lost|ended [0-9]+" <<<"$said" | sort -u)
+    if grep -qvEx "running|lost|ended (0|130|134|137)" <<<"$said"; then
+        echo failed
+    elif grep -qvEx "running|ended 0" <<<"$said"; then
+        echo lost # stopped, killed, or ended because another was
+    elif [[ $said == "ended 0" ]]; then
+        echo finished
+    else
+        echo running
+    fi
+}
+
+keep() {
+    local slice=("$name" --zone="$zone" ${project:+--project="$project"} ${dry_run:+--dry-run}) state
+    ((${#arguments[@]})) || nothing_to_run
+    check_kind
+    local kind=(--type="$type" --version="$version" ${spot:+--spot})
+    while true; do
+        "$0" create "${slice[@]}" "${kind[@]}" && "$0" install "${slice[@]}" &&
+            "$0" run "${slice[@]}" -- "${arguments[@]}" || true # its verdict follows
+        [[ -z $dry_run ]] || return 0
+        while state=$(verdict) && [[ $state == running || $state == unknown ]]; do sleep "$PAUSE"; done
+        case $state in
+        finished) echo "The run on $name has finished." && return ;;
+        failed) log || true && fail "The run on $name has failed; the logs are above." ;;
+        esac
+        echo "$(date -u +%FT%TZ) the run on $name is lost; starting it again."
+        sleep "$PAUSE"
+    done
 }
 
 log() { on_worker "$worker" "launch/worker.sh log"; }
@@ -122,9 +176,9 @@ case $verb in
     usage
     exit
     ;;
-create | install | run | log | stop | delete) shift ;;
-"") fail "Do what? create, install, run, log, stop or delete; see launch/tpu_vm.sh --help." ;;
-*) fail "tpu_vm.sh knows create, install, run, log, stop and delete, but not '$verb';" \
+create | install | run | keep | log | stop | delete) shift ;;
+"") fail "Do what? create, install, run, keep, log, stop or delete; see launch/tpu_vm.sh --help." ;;
+*) fail "tpu_vm.sh knows create, install, run, keep, log, stop and delete, but not '$verb';" \
     "see launch/tpu_vm.sh --help." ;;
 esac
 while (($#)); do

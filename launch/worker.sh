@@ -9,11 +9,13 @@ Usage: launch/worker.sh install
        launch/worker.sh start ARGUMENT ...   arguments of `python -m beit_jax.main`
        launch/worker.sh stop
        launch/worker.sh log
+       launch/worker.sh state
 
 `start` leaves the process running when the connection ends, writes to logs/<host>.log, and first
 stops the process that an earlier `start` left: saying it again resumes the run. `stop` asks the
-process to end (it may save a checkpoint for a minute) and then makes it. EXTRAS=tpu or EXTRAS=cuda
-is what `install` installs JAX for.
+process to end (it may save a checkpoint for a minute) and then makes it. `state` says "running",
+"ended STATUS", or "lost" where the machine went down with it. EXTRAS=tpu or EXTRAS=cuda is what
+`install` installs JAX for.
 
 Example:
   EXTRAS=tpu launch/worker.sh install
@@ -26,6 +28,7 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 LOG=logs/$(hostname).log
 PID_FILE=logs/$(hostname).pid
+STATUS_FILE=logs/$(hostname).status
 
 # The images of TPU VMs come with a Python older than beit_jax's oldest; uv brings a newer one
 # without root.
@@ -42,7 +45,7 @@ install() {
 
 # Whether the process of the last `start` lives; its number may belong to another one by now.
 running() {
-    [[ -f $PID_FILE ]] && [[ $(ps -o args= -p "$(<"$PID_FILE")" 2>/dev/null) == *beit_jax.main* ]]
+    [[ -s $PID_FILE ]] && [[ $(ps -o args= -p "$(<"$PID_FILE")" 2>/dev/null) == *beit_jax.main* ]]
 }
 
 # wait_while_running SECONDS
@@ -66,15 +69,36 @@ start() {
     stop
     mkdir -p logs
     echo "=== $(date -u +%FT%TZ) python -m beit_jax.main $*" >>"$LOG"
+    rm -f "$PID_FILE" "$STATUS_FILE"
     # Its own session, so that it outlives this connection.
-    setsid nohup "$VENV/bin/python" -u -m beit_jax.main "$@" >>"$LOG" 2>&1 </dev/null &
-    echo $! >"$PID_FILE"
+    setsid nohup launch/worker.sh hold "$@" >>"$LOG" 2>&1 </dev/null &
+    until [[ -s $PID_FILE ]]; do sleep 0.05; done
     wait_while_running 3
     if ! running; then
         tail -n 20 "$LOG" >&2
         fail "$(hostname): the run ended at once; its log is above."
     fi
     echo "$(hostname): process $(<"$PID_FILE") runs, its log is $PWD/$LOG"
+}
+
+# What `start` leaves behind: the process, and a last line for its log when it has ended.
+hold() {
+    local status=0
+    "$VENV/bin/python" -u -m beit_jax.main "$@" &
+    echo $! >"$PID_FILE"
+    wait $! || status=$?
+    echo "=== $(date -u +%FT%TZ) the process on $(hostname) $(outcome "$status")"
+    echo "$status" >"$STATUS_FILE"
+}
+
+state() {
+    if running; then
+        echo running
+    elif [[ -f $STATUS_FILE ]]; then
+        echo "ended $(<"$STATUS_FILE")"
+    else
+        echo lost
+    fi
 }
 
 log() {
@@ -86,6 +110,7 @@ log() {
 verb=$1
 shift
 case $verb in
-install | start | stop | log) "$verb" "$@" ;;
-*) fail "worker.sh knows install, start, stop and log, but not '$verb'; see launch/worker.sh --help." ;;
+install | start | hold | stop | log | state) "$verb" "$@" ;;
+*) fail "worker.sh knows install, start, stop, log and state, but not '$verb';" \
+    "see launch/worker.sh --help." ;;
 esac

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+SCRIPTS = sorted((ROOT / "launch").glob("*.s[hb]*"))  # .sh and .sbatch
 # What a Python must answer for the launch scripts; `{record}` gets one line per installation.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in

@@ -89,6 +89,10 @@ def test_the_chain_of_three_commands(tmp_path):
         (("--config=configs/digits_mim.py", "--config.tokenizer.path="), "configs/dvae.py"),
         (("--config=configs/mim_base.py",), "folder:PATH"),
         (("--mode=eval", "--workdir=nowhere"), "nowhere"),
+        (
+            ("--mode=eval", "--config=configs/mim_base.py", "--workdir=gs://bucket/run"),
+            "mount the bucket",
+        ),
     ],
 )
 def test_mistakes_get_one_sentence(flags, said, tmp_path):

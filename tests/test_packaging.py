@@ -116,7 +116,21 @@ def test_scripts_parse(path):
     assert path.name == "environment.sh" or path.stat().st_mode & 0o100
 
 
-@pytest.mark.parametrize("name", ["quickstart", "test", "tpu_vm", "worker"])
+def shellcheck(*paths: Path) -> subprocess.CompletedProcess:
+    program = Path(sys.executable).with_name("shellcheck")
+    return subprocess.run(
+        [program, "--external-sources", *paths], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_scripts_are_clean(tmp_path):
+    checked = shellcheck(*SCRIPTS, ROOT / ".ci" / "run")
+    assert checked.returncode == 0, checked.stdout
+    broken = executable(tmp_path / "broken.sh", "#!/bin/bash\ncd $1\n")
+    assert "SC2086" in shellcheck(broken).stdout
+
+
+@pytest.mark.parametrize("name", ["local_processes", "quickstart", "test", "tpu_vm", "worker"])
 def test_help_shows_an_example_and_installs_nothing(clone, name):
     result = script(clone / f"launch/{name}.sh", "--help")
     assert result.returncode == 0 and "Example" in result.stdout

@@ -134,13 +134,15 @@ def test_dry_run_calls_nothing_that_changes_anything(slice_of_one):
 @pytest.mark.parametrize(
     ("arguments", "needle"),
     [
-        ([], "create, install, run"),
+        ([], "create, install, run, keep"),
         (["frobnicate", "beit"], "'frobnicate'"),
         (["run"], "Which slice"),
         (["run", "beit"], "--zone"),
         (["run", "beit", "--zone=z"], "--config=configs/mim_base.py"),
         (["run", "beit", "--zone=z", "--config=c.py"], "behind --"),
         (["create", "beit", "--zone=z"], "--type"),
+        (["keep", "beit", "--zone=z", "--", "--x"], "--type"),
+        (["keep", "beit", "--zone=z", "--type=v4-8"], "--config=configs/mim_base.py"),
         (["create", "beit", "--zone=z", "--type=v9-8"], "--version"),
     ],
 )
@@ -148,6 +150,55 @@ def test_mistakes_are_answered_in_one_sentence(slice_of_one, arguments, needle):
     result = slice_of_one(*arguments)
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1 and needle in result.stderr
+
+
+# What a run ends with each time it is started, and what becomes of the slice.
+ENDS = """#!/usr/bin/env bash
+[[ $1 != -c ]] || exit 0
+times=$(cat {count} 2>/dev/null || echo 0)
+echo $((times + 1)) >{count}
+ends=({ends})
+exec -a "python -m beit_jax.main" bash -c "sleep 0.2; ${{ends[times]}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "said", "logged"),
+    [
+        (
+            ["kill -KILL \\$\\$", "exit 0"],
+            0,
+            "The run on beit has finished.",
+            ["was killed (signal 9)", "has finished"],
+        ),
+        (["exit 1"], 1, "The run on beit has failed", ["failed with status 1"]),
+    ],
+)
+def test_a_run_is_kept_until_it_has_finished_or_failed(
+    slice_of_one, tmp_path, ends, status, said, logged
+):
+    assert slice_of_one("install", "beit", "--zone=z").returncode == 0
+    count = tmp_path / "count"
+    quoted = " ".join(f'"{end}"' for end in ends)
+    executable(slice_of_one.home / ".venv/bin/python", ENDS.format(count=count, ends=quoted))
+    kept = ["keep", "beit", "--zone=z", "--type=v4-32", "--", "--workdir=/shared/run"]
+    result = slice_of_one(*kept, STATE="READY", PAUSE="0.1")
+    assert result.returncode == status, result.stderr
+    assert said in result.stdout + result.stderr
+    last_lines = [line for line in logs(slice_of_one).splitlines() if "the process on" in line]
+    for line, end in zip(last_lines, logged, strict=True):
+        assert end in line
+    assert "create" not in {call[3] for call in slice_of_one.calls()}
+
+
+def test_a_lost_slice_is_made_again(slice_of_one):
+    kept = ["keep", "beit", "--zone=z", "--type=v4-32", "--spot", "--dry-run", "--", "--workdir=/r"]
+    result = slice_of_one(*kept, STATE="PREEMPTED")
+    assert result.returncode == 0
+    steps = [line for line in result.stdout.splitlines() if line.startswith("gcloud")]
+    verbs = [step.split()[4] for step in steps]
+    assert verbs == ["delete", "create", "scp", "ssh", "ssh", "ssh"]
+    assert "--spot" in steps[1] and "/r" in steps[-1]
 
 
 def test_a_busy_slice_is_left_alone(slice_of_one):

@@ -152,11 +152,16 @@ def first_moment(opt_state):
     return None
 
 
-def two_processes(tree, folder: Path) -> None:
-    """Trains in two processes of four CPU devices each, joined over loopback."""
+def free_port() -> int:
+    """A port that no program listens at."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def two_processes(tree, folder: Path) -> None:
+    """Trains in two processes of four CPU devices each, joined over loopback."""
+    port = free_port()
     store_config(folder, tree)
     script = folder / "process.py"
     script.write_text(PROCESS)
