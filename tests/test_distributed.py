@@ -21,9 +21,11 @@ from beit_jax import distributed, metrics
 from beit_jax.errors import UserError
 
 STEPS, SAVED = 40, 5
+# One device a process, and half the time to compile, in which nearly all of it goes.
 ONE_DEVICE = {
     **os.environ,
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true",
     "PYTHONPATH": str(ROOT),
     "VENV": sys.prefix,
 }
@@ -48,8 +50,8 @@ def joined(count: int) -> list[tuple[str, ...]]:
 
 
 def ended(processes) -> list[str]:
-    """The outputs of processes that end within a minute."""
-    return [each.communicate(timeout=60)[0] for each in processes]
+    """The outputs of processes that end by themselves."""
+    return [each.communicate(timeout=120)[0] for each in processes]
 
 
 def wait_for_update(folder: Path, step: int, processes) -> None:
@@ -87,14 +89,23 @@ def recipe():
         train__steps=STEPS,
         train__checkpoint_every=SAVED,
         mesh__heartbeat_timeout=5,
+        mesh__start_timeout=200,
     )
 
 
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    tiny.run(recipe, folder, jax.devices()[:1]).execute("train")
+    to_the_end(recipe, folder)
     return folder
+
+
+def to_the_end(recipe, folder: Path) -> None:
+    """Starts or resumes a run in one process."""
+    tiny.store_config(folder, recipe)
+    alone = process(f"--workdir={folder}")
+    [output] = ended([alone])
+    assert alone.returncode == 0, output
 
 
 def values(folder: Path) -> list[dict]:
@@ -124,7 +135,7 @@ def test_a_run_survives_its_processes(recipe, whole, tmp_path):
     *_, last = output.strip().splitlines()
     assert "process 0 was killed (signal 9)" in last and "resuming at update" in output
 
-    tiny.run(recipe, tmp_path).execute("train")
+    to_the_end(recipe, tmp_path)
     expected, found = values(whole), values(tmp_path)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for a, b in zip(expected, found, strict=True):
@@ -158,7 +169,7 @@ def test_tasks_of_slurm_find_each_other_and_see_who_differs(recipe, tmp_path):
     tasks = [
         process(
             f"--workdir={tmp_path}",
-            f"--config.train.batch_size={size}",
+            f"--config.train.log_every={number + 1}",
             SLURM_JOB_ID=job,  # of which JAX makes the port
             SLURM_STEP_NODELIST="localhost",
             SLURM_STEP_NUM_TASKS="2",
@@ -166,11 +177,11 @@ def test_tasks_of_slurm_find_each_other_and_see_who_differs(recipe, tmp_path):
             SLURM_PROCID=str(number),
             SLURM_LOCALID=str(number),
         )
-        for number, size in enumerate((16, 32))
+        for number in range(2)
     ]
     for task, output in zip(tasks, ended(tasks), strict=True):
-        assert task.returncode == 1
-        assert "has config.train.batch_size=32, but process 0" in output.strip().splitlines()[-1]
+        assert task.returncode == 1, output
+        assert "has config.train.log_every=2, but process 0" in output.strip().splitlines()[-1]
 
 
 def test_a_process_that_never_comes_is_missed(recipe, tmp_path):
