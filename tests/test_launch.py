@@ -1,4 +1,4 @@
-"""launch/local_processes.sh, slurm.sbatch and skypilot.yaml, with programs that play their parts."""
+"""local_processes.sh, slurm.sbatch and skypilot.yaml, with programs that play their parts."""
 
 import os
 import signal
@@ -77,7 +77,7 @@ def test_ctrl_c_lets_all_processes_save(clone):
 
 
 def slurm(clone, tmp_path, status: int, **variables):
-    """Runs slurm.sbatch as Slurm does, from a copy elsewhere, with an srun that ends in `status`."""
+    """Runs slurm.sbatch as Slurm does, from a copy elsewhere, srun ending with `status`."""
     fake_python(clone / ".venv/bin/python", tmp_path / "installs")
     record = 'printf "%s\\n" "$(basename "$0")" "JAX_PLATFORMS=$JAX_PLATFORMS" "$@"'
     executable(tmp_path / "bin/srun", f"#!/bin/bash\n{record}\nexit {status}\n")
