@@ -39,6 +39,7 @@ running=()   # the numbers of those that live
 failed=()    # the numbers of those that ended with another status than 0, in order
 statuses=()  # of those that ended
 markers=()   # the programs that mark their lines
+overdue=0    # whether the rest is being killed
 signals=0    # how often this script was asked to stop
 
 start() {
@@ -79,7 +80,7 @@ look() {
         status=0
         wait "${pids[process]}" || status=$?
         statuses[process]=$status
-        ((status == 0)) || failed+=("$process")
+        ((status == 0 || overdue)) || failed+=("$process")
     done
     running=("${alive[@]}")
 }
@@ -92,7 +93,10 @@ until ((${#running[@]} == 0)); do
     sleep 0.1 || true # Ctrl-C ends it
     look
     ((${#failed[@]} && !signals)) || deadline=$((SECONDS + PATIENCE))
-    ((SECONDS < deadline)) || send KILL
+    if ((SECONDS >= deadline)); then
+        overdue=1
+        send KILL
+    fi
 done
 # Until the last line is out; what a killed process leaves running may hold on to the output.
 last=$((SECONDS + 2))

@@ -46,15 +46,16 @@ def test_local_processes_share_the_gpus_and_have_their_lines_marked(clone, tmp_p
 @pytest.mark.parametrize(
     ("one", "status", "said"),
     [
-        ("sleep 0.5; exit 3", 3, "process 1 failed with status 3"),
+        ("sleep 0.3; exit 3", 3, "process 1 failed with status 3"),
         ("kill -KILL $$", 137, "process 1 was killed (signal 9)"),
         ("kill -SEGV $$", 139, "process 1 was ended by signal 11 (SEGV)"),
+        ("exec sleep 60", 134, "process 0 was ended by JAX because another process was lost"),
     ],
 )
 def test_the_first_to_fail_is_named_and_the_others_end(clone, one, status, said):
     # One ends as JAX ends those that have lost another, the other waits for ever.
     others = "((number == 0)) && exit 134; exec sleep 60"
-    result = local_processes(clone, "3", ONE=one, OTHERS=others, PATIENCE="1")
+    result = local_processes(clone, "3", ONE=one, OTHERS=others, PATIENCE="2")
     assert result.returncode == status
     assert said in result.stderr.splitlines()[-1]  # behind bash's own notices
 
