@@ -66,7 +66,7 @@ if [[ $v2 ]]; then
     stage "What its frozen features are worth" digits_mim_v2 mim_v2 --mode=eval $on_test
     compared=(dvae vqkd pixel_decoder mim mim_v2 random)
 else
-    for labels in 1 5 10; do
+    for labels in 1 5 10 50; do
         stage "Fine-tuning on $labels labels a class, from pre-training" digits_classify \
             "pretrained_$labels" --config.init.path="$runs/mim" \
             --config.data.labels_per_class=$labels $on_test
@@ -74,7 +74,7 @@ else
             --config.init.path= --config.optimizer.layer_decay=1 \
             --config.data.labels_per_class=$labels $on_test
     done
-    compared=(dvae mim random {scratch,pretrained}_{1,5,10})
+    compared=(dvae mim random {scratch,pretrained}_{1,5,10,50})
 fi
 
 echo
