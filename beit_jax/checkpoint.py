@@ -5,7 +5,6 @@ opt_state, progress), so that a later stage can read the weights alone.
 """
 
 import hashlib
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
 from beit_jax.errors import UserError
+from beit_jax.stored_config import read_config
 
 PyTree = Any
 TREES = ("params", "ema_params", "model_state", "opt_state")
@@ -220,14 +220,6 @@ def _on_device(tree: dict) -> dict:
     return unflatten_dict({path: jnp.asarray(flat.pop(path)) for path in list(flat)})
 
 
-def read_config(run: Path) -> dict:
-    """The resolved config of a run, as plain dictionaries with tuples for lists."""
-    try:
-        return json.loads((run / "config.json").read_text(), object_hook=tuples)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{run}/config.json is damaged ({error}); restore or delete it.") from error
-
-
 def digest(params: PyTree) -> str:
     """SHA-256 over names, shapes and bytes of all parameters."""
     sha = hashlib.sha256()
@@ -258,8 +250,3 @@ def _newest(checkpoints: Path) -> Path | None:
 
 def _leaves(tree: PyTree) -> bool:
     return bool(jax.tree.leaves(tree))
-
-
-def tuples(node: dict) -> dict:
-    """Lists of a JSON object as tuples, which a config holds; a hook of `json.loads`."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in node.items()}

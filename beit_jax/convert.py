@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from beit_jax import checkpoint, class_names, command_line, limits, metrics, portable
+from beit_jax import checkpoint, class_names, command_line, limits, metrics, portable, stored_config
 from beit_jax.errors import UserError
 from beit_jax.interop import expect, exporting, files, pytorch_writer
 from beit_jax.interop.exporting import STYLES
@@ -97,7 +97,7 @@ def import_(options: argparse.Namespace) -> int:
     expected = None if options.expect is None else _read_expected(options.expect)
     imported = import_archive(
         files.read(options.src),
-        _every_key(),
+        stored_config.every_key(),
         num_heads=options.num_heads,
         early_layers=options.early_layers,
         allow_partial=options.allow_partial,
@@ -211,18 +211,6 @@ def _inspect_run(folder: Path) -> None:
         lines += [(f"{name}", str(value)) for name, value in (scores[-1] if scores else {}).items()]
     _print(lines)
     _print_tensors(flatten_dict(weights.variables, sep="/"))
-
-
-def _every_key():
-    """Every config key with its default."""
-    try:
-        from configs import common
-    except ImportError as error:
-        raise UserError(
-            "configs/common.py is not to be seen from here: run this in the root of the beit_jax "
-            "repository"
-        ) from error
-    return common.get_config()
 
 
 def _read_expected(path: str) -> dict[str, np.ndarray]:

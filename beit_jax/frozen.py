@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from beit_jax import checkpoint
+from beit_jax import checkpoint, stored_config
 from beit_jax.checkpoint import Weights
 from beit_jax.errors import UserError
 
@@ -86,12 +86,14 @@ def load(folder: Path) -> Weights | None:
     """Reads a frozen network back, or None if the run holds none."""
     if not (folder / "source.json").is_file():
         return None
-    about = json.loads((folder / "source.json").read_text(), object_hook=checkpoint.tuples)
+    path = folder / "source.json"
+    about = json.loads(path.read_text(), object_hook=stored_config.tuples)
     variables = checkpoint.read_tree(folder.resolve() / "variables")
     if checkpoint.digest(variables) != about["sha256"]:
         raise UserError(f"{folder} is damaged: its weights do not match the hash in source.json.")
     params = variables.pop("params")
-    found = Weights(params, variables, about["config"], about["source"], about["sha256"])
+    config = stored_config.completed(about["config"], path)
+    found = Weights(params, variables, config, about["source"], about["sha256"])
     return _with_parts(found, folder)
 
 

@@ -25,6 +25,7 @@ SHARES = (
     "vqkd.decay", "vqkd.alarm_usage", "classify.label_smoothing", "classify.mix_switch",
     "classify.erase", "segment.max_category", "segment.dropout",
 )  # fmt: skip
+KEYS = ABOVE_ZERO + NOT_NEGATIVE + SHARES
 
 
 def check(config: ConfigDict) -> None:

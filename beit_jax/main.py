@@ -87,7 +87,7 @@ def resolve() -> tuple[Path, ConfigDict]:
         )
     path, *preset = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)
     run = Path(WORKDIR.value or Path("runs", "_".join([Path(path).stem, *preset]))).expanduser()
-    stored = checkpoint.read_config(run) if (run / "config.json").is_file() else None
+    stored = stored_config.read_config(run) if (run / "config.json").is_file() else None
     config = CONFIG.value
     if path == STORED_CONFIG and MODE.value != "train":  # perhaps on a smaller machine
         config.mesh.fsdp = math.gcd(config.mesh.fsdp, jax.device_count())
@@ -102,6 +102,11 @@ def resolve() -> tuple[Path, ConfigDict]:
 
 def _refuse_changes(run: Path, old: dict, new: dict) -> None:
     """Refuses to go on with a run under another recipe than it was started with."""
+    if old["task"] != new["task"]:
+        raise UserError(
+            f"{run} is a run of task {old['task']}, and this config is of task {new['task']}; "
+            "give another --workdir."
+        )
     old, new = dict(_flat(old)), dict(_flat(new))
     changeable = CHANGEABLE + (EVALUATED_WITH if MODE.value != "train" else ())
     for key, value in new.items():

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from beit_jax import checkpoint, command_line, metrics
+from beit_jax import command_line, metrics
 from beit_jax.errors import UserError
+from beit_jax.stored_config import read_config
 
 # What a stage is judged by: metric, name for a person, format.
 RESULTS = {
@@ -107,7 +108,7 @@ def read_run(folder: str) -> Run:
         raise UserError(f"{folder} is no run: config.json or metrics.jsonl is missing in it.")
     pictures = sorted((path / "pictures").glob("*.png"), key=lambda p: p.stat().st_mtime)
     newest = {picture.stem.rpartition("_")[0]: picture for picture in pictures}
-    return Run(path.name, checkpoint.read_config(path), metrics.read(path), newest)
+    return Run(path.name, read_config(path), metrics.read(path), newest)
 
 
 def make_tables(runs: list[Run]) -> list[Table]:

@@ -135,7 +135,7 @@ def _check_architecture(weights: Weights, config: Mapping) -> None:
     for key in FIXED:
         section, name = key.split(".")
         values = weights.config[section]
-        if name in values and values[name] != config[section][name]:  # a run may be older than keys
+        if values[name] != config[section][name]:
             here[key], there[key] = config[section][name], values[name]
     if here:
         raise UserError(

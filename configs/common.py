@@ -3,7 +3,8 @@
 `get_config` returns the tree locked: a recipe or a command line can change a value, never invent
 a key, so a misspelt `--config.x` fails at once. Nothing here is derived: steps, warm-up, the number
 of masked patches and the tokenizer's view are worked out after all overrides, by the code that
-needs them. The defaults are those shared by the published BEiT recipes; a recipe says the rest.
+needs them. The defaults are those shared by the published BEiT recipes; a recipe says the rest. A
+run that is older than a key is read with its default, so that of a new key means "as before".
 """
 
 from collections.abc import Mapping

@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny
 
-from beit_jax import metrics
+from beit_jax import checkpoint, features, frozen, metrics, predict, stored_config
+from beit_jax.errors import UserError
 
 TINY = (
     "--config.model.width=32", "--config.model.depth=1", "--config.model.heads=2",
@@ -110,3 +112,51 @@ def test_config_json_is_the_resolved_config(tmp_path):
     tree = tiny.config("mim", model__width=48)
     tiny.store_config(tmp_path, tree)
     assert json.loads((tmp_path / "config.json").read_text())["model"]["width"] == 48
+
+
+def older(folder, *keys):
+    """Takes keys from a run's config.json, as if it were older than they are."""
+    path = folder / "config.json"
+    tree = json.loads(path.read_text())
+    for key in keys:
+        section, name = key.split(".")
+        del tree[section][name]
+    path.write_text(json.dumps(tree))
+    return folder
+
+
+def test_a_run_older_than_a_key_is_read_with_its_default(tmp_path, monkeypatch):
+    new = ("classify.erase", "eval.raw", "data.predict_split", "model.norm_pre")
+    tree = tiny.config("classify", data__source="digits")
+    folder = older(tiny.random_network(tmp_path / "run", tree, 10), *new)
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"knn": []', '"knn": 0'))  # which was one number
+    assert stored_config.read_config(folder) == tree.to_dict()
+    answers = predict.load(folder)(np.zeros((1, 8, 8, 1), np.uint8))
+    assert features.load(folder)(np.zeros((1, 8, 8, 1), np.uint8)).shape == (1, 32)
+    assert len(answers[0]) == 5
+
+    monkeypatch.setattr(stored_config, "COMMON", tmp_path / "not" / "here.py")
+    for load in (predict.load, features.load):
+        with pytest.raises(UserError, match="config.json is older than config.classify.erase: "):
+            load(folder)
+    older(tmp_path / "run", "classify.head_scale")  # which no limit is known for
+    tree = json.loads((folder / "config.json").read_text())
+    tree["classify"]["erase"] = 0.0
+    (folder / "config.json").write_text(json.dumps(tree))
+    assert "head_scale" not in stored_config.read_config(folder)["classify"]
+
+
+def test_a_frozen_copy_older_than_a_key(tmp_path):
+    run = tmp_path / "run"
+    weights = checkpoint.load_weights(str(tiny.random_tokenizer(tmp_path / "dvae")), "a test")
+    lacking = {**weights.config, "model": {}}
+    frozen.save(run / "frozen" / "tokenizer", weights._replace(config=lacking))
+    found = frozen.load(run / "frozen" / "tokenizer")
+    assert found.config["model"]["norm_pre"] is False and found.config["dvae"]["width"] == 8
+
+
+def test_a_workdir_of_another_task(tmp_path):
+    tiny.store_config(tmp_path, tiny.config("classify"))
+    said = refusal("--config=configs/digits_mim.py", f"--workdir={tmp_path}")
+    assert f"{tmp_path} is a run of task classify, and this config is of task mim" in said

@@ -213,13 +213,6 @@ def test_a_network_without_transformer_is_refused():
             warm_start(params, source, config())
 
 
-def test_a_run_older_than_a_key_can_be_taken():
-    weights = trained(config())
-    del weights.config["model"]["norm_pre"]
-    taken, _ = warm_start(shapes(config()), weights, config())
-    assert "encoder" in taken
-
-
 def test_a_run_starts_on_twice_the_image_size(tmp_path):
     """From a pre-training run's folder to the state before a classifier's first update."""
     source = config("mim", "shared_relative")
