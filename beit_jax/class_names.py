@@ -30,17 +30,17 @@ def read(run: Path) -> tuple[str, ...]:
         raise UserError(f"{path} cannot be read ({error}); mend or delete it.") from error
 
 
-def check(run: Path, source: Source) -> None:
-    """Refuses data with other classes than those that the run's head has learnt.
+def check(run: Path, source: Source, names: tuple[str, ...]) -> None:
+    """Refuses data with other classes, called `names`, than those that the run's head has learnt.
 
     A head knows its outputs by their number alone, so a class more or less, or another order, would
     silently be taken for others.
     """
-    known, found = read(run), tuple(map(_line, source.class_names))
+    known, found = read(run), tuple(map(_line, names))
     if not known or known == found:
         return
     here, there = (f"{len(names):,} classes ({_listed(names)})" for names in (known, found))
-    mended = "take images that are sorted into the same classes"
+    mended = "take images of the same classes"
     if len(known) == len(found):
         first = next(i for i in range(len(known)) if known[i] != found[i])
         here, there = f"{known[first]!r} as class {first}", f"{found[first]!r} in its place"

@@ -27,12 +27,12 @@ class Predictor:
 
     def __init__(self, weights: checkpoint.Weights, config: ConfigDict, mesh):
         """Builds the task of `config`, which may read images otherwise, around a run's weights."""
-        built = tasks.build(config, _Learnt(_names(weights)), weights.run)
-        if built.answers is None:
+        if config.task not in tasks.ANSWERING:
             raise UserError(
                 f"{weights.source} is of task {config.task}, whose predictions are for no person "
                 "to read; name a run that classifies or segments."
             )
+        built = tasks.build(config, _Learnt(_names(weights)), weights.run)
         self.config, self.answers, self.views = config, built.answers, built.views
         found = task.Weights(weights.params, weights.model_state, built.frozen)
         self._weights = jax.device_put(found, sharding.state_sharding(found, mesh))

@@ -19,6 +19,7 @@ from beit_jax.data.digits import NAME as DIGITS
 from beit_jax.data.digits import write_digits
 from beit_jax.data.folder import folder_splits
 from beit_jax.data.paths import local_path
+from beit_jax.data.scene_folder import is_scene_folder
 from beit_jax.data.tfds_store import dataset_dir
 from beit_jax.data.tfds_writer import BAD_FILES, Written, interrupted, leftovers, write_dataset
 from beit_jax.errors import UserError
@@ -98,7 +99,7 @@ def _parser() -> command_line.Parser:
         "folder",
         "every image below a folder: train/ and val/ are splits, other sub-folders labels",
         "the folder",
-        lambda options: from_sources(folder_splits(options.src, options.holdout)),
+        _read_folder,
         "holdout",
     )
     add_reader(
@@ -161,6 +162,15 @@ def _open_parquet(options: argparse.Namespace) -> Collection:
 def _prepare_digits(options: argparse.Namespace) -> None:
     _refuse_taken(options, "")
     _say_done(write_digits(options.data_dir, options.name), options)
+
+
+def _read_folder(options: argparse.Namespace) -> Collection:
+    if is_scene_folder(options.src):
+        raise UserError(
+            f"{options.src} holds label maps beside its images, which are read where they lie: "
+            f"train with --config.data.source=folder:{options.src}."
+        )
+    return from_sources(folder_splits(options.src, options.holdout))
 
 
 def _prepare(options: argparse.Namespace, read: Callable[..., Collection]) -> None:

@@ -120,6 +120,13 @@ def test_the_command_and_what_it_refuses(trained, photos, tmp_path):
     assert [row["file"] for row in table(folder)] == [
         sources.open_source("digits", "test").name(i) for i in range(5)
     ]
+    probe = tiny.random_network(tmp_path / "probe", tiny.config("mim", eval__knn=(5,)), 16)
+    class_names.keep(probe, NAMES)
+    about = (probe / "config.json").read_text()
+    for task in ("mim", "probe"):
+        (probe / "config.json").write_text(about.replace('"mim",', f'"{task}",'))
+        with pytest.raises(UserError, match=f"of task {task}, whose predictions are for no person"):
+            predict.load(probe)
     with pytest.raises(UserError, match="of task dvae, whose predictions are for no person"):
         predict.load(tiny.random_network(tmp_path / "dvae", tiny.config("dvae"), 0))
     with pytest.raises(UserError, match="holds no finished checkpoint"):
@@ -151,7 +158,7 @@ def test_odd_names_stand_on_one_line_each_and_agree_with_themselves(tmp_path):
     names = ("two\nlines", "\udcff", "ä b")
     class_names.keep(tmp_path, names)
     assert class_names.read(tmp_path) == ("two lines", "\\udcff", "ä b")
-    class_names.check(tmp_path, tiny.Images(3, names))
+    class_names.check(tmp_path, tiny.Images(3), names)
     assert class_names.read(tmp_path / "nowhere") == ()
 
 

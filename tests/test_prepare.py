@@ -50,6 +50,13 @@ def test_a_folder_comes_back_byte_for_byte(tmp_path, capsys):
     assert f"--config.data.source=tfds:pets --config.data.data_dir={data_dir}" in printed
 
 
+def test_label_maps_are_read_where_they_lie(tmp_path, capsys):
+    source = fill(tmp_path / "scenes", "images/a.jpg", "annotations/a.jpg")
+    assert prepare.main(["folder", str(source), "--name=x", f"--data_dir={tmp_path}"]) == 1
+    assert f"train with --config.data.source=folder:{source}." in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_imagenet_folders_become_what_the_recipes_read(tmp_path):
     source = fill(
         tmp_path / "imagenet", "train/n01/n01_1.JPEG", "train/n02/n02_1.JPEG", "val/n02/v.JPEG"

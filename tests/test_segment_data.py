@@ -223,6 +223,9 @@ def test_wrong_label_maps_are_refused_by_name(pixels, reduce_zero, said):
 def test_broken_label_maps_are_like_broken_images():
     with pytest.raises(BadImage, match="its label map b.png cannot be read"):
         Labels(5, False).read(LabelMap(png(picture(9, 9)[0])[:80], "b.png"), (9, 9))
+    for other in (b"", b"\x93NUMPY\x01\0nothing"):
+        with pytest.raises(BadImage, match="b.npy is no image: PNG or TIFF can be read$"):
+            Labels(5, False).read(LabelMap(other, "b.npy"), (9, 9))
     sizes = [(16, 20)] * 10
     whole, broken = (
         next(train_batches(Memory(sizes, bad), SCENES, FLIP, batch_size=10, seed=0, workers=0,
@@ -231,6 +234,17 @@ def test_broken_label_maps_are_like_broken_images():
     )  # fmt: skip
     changed = (whole["mask"] != broken["mask"]).any((1, 2))
     assert changed.sum() == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"format": "jpeg"}, {"format": "jpeg2000"}, {"format": "tiff", "compression": "jpeg"}],
+)
+def test_label_maps_whose_numbers_a_photographs_compression_changes_are_refused(options):
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(file, **options)
+    with pytest.raises(UserError, match="the label map b is compressed as a photograph is"):
+        Labels(5, False).read(LabelMap(file.getvalue(), "b"), (8, 8))
 
 
 @pytest.mark.parametrize("labels", [Labels(1, False), Labels(256, False), Labels(255, True)])

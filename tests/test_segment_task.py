@@ -418,6 +418,29 @@ def test_an_image_becomes_a_coloured_label_map(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("b\na\nc", "has learnt 'a' as class 0, but .* has 'b' in its place: .* correct classes"),
+        ("a\nb\nc\nd", r"has learnt 3 classes \(a, b, c\), but .* has 4 classes \(a, b, c, ...\)"),
+    ],
+)
+def test_label_maps_of_other_classes_are_refused(tmp_path, names, said):
+    source = scenes(tmp_path, [(8, 8)] * 2)
+    tree = tiny.config("segment", data__source=source)
+    class_names.keep(tmp_path / "run", ())  # of an imported run without names
+    tasks.build(tree, open_source(source, "train"), tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    class_names.keep(tmp_path / "run", ("a", "b", "c"))
+    tasks.build(tree, open_source(source, "train"), tmp_path / "run")
+    (tmp_path / "classes.txt").write_text(names)
+    with pytest.raises(UserError, match=said):
+        tasks.build(tree, open_source(source, "train"), tmp_path / "run")
+    (tmp_path / "classes.txt").unlink()
+    tree.segment.classes = 3  # label maps without names may be of the same classes
+    tasks.build(tree, open_source(source, "train"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"segment.classes": 4}, "config.segment.classes=4, but .* 3 named classes"),

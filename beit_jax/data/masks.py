@@ -9,12 +9,13 @@ import io
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from beit_jax.data.decode import BadImage
 from beit_jax.errors import UserError
 
 IGNORED = 255  # in files too: no class, and neither trained on nor counted
+_LOSSY = ("JPEG", "MPO", "JPEG2000")  # Pillow's formats; WebP is always of colours
 _NUMBERS = ("1", "L", "P", "I;16", "I")  # Pillow's modes of one number a pixel
 
 
@@ -87,8 +88,15 @@ def _decode(label_map: LabelMap) -> np.ndarray:
         try:
             picture = Image.open(io.BytesIO(labels))
             mode, labels = picture.mode, np.asarray(picture)
+        except UnidentifiedImageError:
+            raise BadImage(f"its label map {name} is no image: PNG or TIFF can be read") from None
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's for broken files
             raise BadImage(f"its label map {name} cannot be read ({error})") from None
+        if picture.format in _LOSSY or picture.info.get("compression") == "jpeg":
+            raise UserError(
+                f"the label map {name} is compressed as a photograph is ({picture.format}), which "
+                "changes the numbers of its classes: write it as PNG from what it was made of."
+            )
         if mode not in _NUMBERS:
             raise UserError(
                 f"the label map {name} is a colour picture ({mode}): a label map has one channel, "

@@ -17,6 +17,7 @@ BUILDERS: dict[str, Callable[..., Task]] = {
     "probe": probe.build,
     "segment": segment.build,
 }
+ANSWERING = ("classify", "segment")  # tasks whose predictions are for a person to read
 
 
 def build(config, source: Source, run: Path) -> Task:

@@ -106,7 +106,7 @@ def build(config, source: Source, run: Path) -> Task:
             f"config.data.source={config.data.source} has no labels; classification needs them: "
             "sort the images into one sub-folder a class, or name a labelled TFDS dataset."
         )
-    class_names.check(run, source)
+    class_names.check(run, source, names)
     parts = Classification(make_classifier(config, len(names)), names, config)
     return Task(
         views={"image": View(tuple(config.data.image_size), config.data.interpolation)},

@@ -146,7 +146,7 @@ def build(config, source: Source, run: Path) -> Task:
             "config.eval.probe=True has no place in a run of task probe, which is one by itself; "
             "set it to False."
         )
-    class_names.check(run, source)
+    class_names.check(run, source, source.class_names)
     backbone, copies = _backbone(config, run)
     parts = Probing(backbone, len(source.class_names), config)
     data = backbone.config["data"]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from PIL import Image
 
-from beit_jax import losses, photometric, pictures, windows
+from beit_jax import class_names, losses, photometric, pictures, windows
 from beit_jax.architecture import images_of, make_segmenter
 from beit_jax.augment import color_jitter, normalize, to_unit
 from beit_jax.data.masks import IGNORED, Labels
@@ -149,7 +149,8 @@ class Segmentation(NamedTuple):
 
 def build(config, source: Source, run: Path) -> Task:
     """Builds segmentation over the classes of the training data's label maps."""
-    del run
+    if source.mask_classes:
+        class_names.check(run, source, source.mask_classes)
     classes = _number_of_classes(config, source)
     labels = Labels(classes, config.segment.reduce_zero_label)
     labels.check()
