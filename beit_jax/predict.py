@@ -101,7 +101,7 @@ def write(config: ConfigDict, folder: Path) -> None:
     weights = checkpoint.load_weights(str(folder), "--workdir")
     mesh = sharding.make_mesh(config.mesh.fsdp)
     predictor = Predictor(weights, config, mesh)
-    source = run.open_split(config, config.data.predict_split)
+    source = run.open_split(config, config.data.predict_split, images_alone=True)
     screen = progress.Screen(config.eval.batch_size)
     screen.say(
         f"{config.task} by {weights.kind} of {weights.source} on {mesh.size} "

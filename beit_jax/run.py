@@ -214,10 +214,16 @@ class Run:
         return open_split(self.config, split)
 
 
-def open_split(config, split: str) -> sources.Source:
+def open_split(config, split: str, *, images_alone: bool = False) -> sources.Source:
     """A split of `config.data.source`."""
     data = config.data
-    return sources.open_source(data.source, split, data_dir=data.data_dir, holdout=data.holdout)
+    return sources.open_source(
+        data.source,
+        split,
+        data_dir=data.data_dir,
+        holdout=data.holdout,
+        images_alone=images_alone,
+    )
 
 
 def eval_batches(source: sources.Source, views, config, folder: Path, mesh):

@@ -77,7 +77,8 @@ def make_train_step(
             gradients, (batch, keys), microbatches, mesh
         )
         with jax.named_scope("optimizer"):
-            grads = jax.tree.map(lambda g: g / weight, grads)
+            # A batch without a label weighs nothing, and says nothing about its gradient: zero.
+            grads = jax.tree.map(lambda g: g / (weight + (weight == 0)), grads)
             grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(grad_norm)
             for total, count in sums.values():

@@ -149,6 +149,27 @@ def test_what_is_alone_is_refused_by_name(tmp_path):
         open_source(path, "train")
 
 
+@pytest.mark.parametrize("layout", ["ade", "flat"])
+def test_images_alone_are_read_whatever_the_label_maps_are(tmp_path, layout):
+    path = scene_folder(tmp_path, layout)
+    with_maps = [open_source(path, split, holdout=0.4) for split in ("train", "validation", "all")]
+    for label_map in (tmp_path / "annotations").rglob("*.png"):
+        label_map.unlink()
+    (tmp_path / "objectInfo150.txt").write_text("none")
+    for source in with_maps:
+        split = source.description.split(", ")[1].split(":")[0]
+        alone = open_source(path, split, holdout=0.4, images_alone=True)
+        assert [alone.name(i) for i in range(len(alone))] == [
+            source.name(i) for i in range(len(source))
+        ]
+        assert alone.mask_classes is None and alone[0] == source[0]
+    assert open_source("digits", "test", images_alone=True).mask_classes is None
+    for image in (tmp_path / "images").rglob("*.png"):
+        image.unlink()
+    with pytest.raises(UserError, match="there is no image below .*images"):
+        open_source(path, "all", images_alone=True)
+
+
 def test_classes_are_named_by_the_file_beside_the_images(tmp_path):
     path = scene_folder(tmp_path)
     (tmp_path / "classes.txt").write_text("sky\nsea\n\n")

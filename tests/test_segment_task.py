@@ -406,6 +406,15 @@ def test_an_image_becomes_a_coloured_label_map(folder, tmp_path, monkeypatch):
         predict.write(tree, run)
         written = sorted(str(p.relative_to(run)) for p in run.glob("predictions*/**/*.png"))
         assert written == [f"predictions/{n}" for n in ("a.png", "b/c.png", "b/c.png.png")]
+    for kind in ("images", "annotations"):  # a scene folder's label maps may be wrong: none is read
+        path = tmp_path / "wrong" / kind / "a.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(np.full((9, 9 + len(kind)), 77, np.uint8)).save(path)
+    tree.data.source = f"folder:{tmp_path / 'wrong'}"
+    predict.write(tree, run)
+    assert (run / "predictions" / "images" / "a.png").is_file()
+    tree.data.source = f"folder:{tmp_path / 'photos'}"
+    predict.write(tree, run)
     for name, answer in (("a.png", answers[0]), ("b/c.png.png", answers[1])):
         picture = Image.open(run / "predictions" / name)
         np.testing.assert_array_equal(picture, answer)

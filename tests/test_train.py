@@ -87,6 +87,18 @@ def test_a_non_finite_update_is_skipped_and_counted():
     assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == 1
 
 
+def test_a_batch_that_weighs_nothing_is_an_update_of_zero_gradients():
+    values = batch()
+    values["weight"][:] = 0
+    state, metrics = one_update(values)
+    assert float(state.params["w"]) == 1.0 and float(state.model_state["rows"]) == 16
+    assert float(metrics["grad_norm"]) == int(metrics["skipped"]) == 0
+    assert np.isnan(metrics["loss"])  # null in the file
+    values["y"][3] = np.nan  # which no weight hides
+    state, metrics = one_update(values)
+    assert float(state.model_state["rows"]) == 0.0 and int(metrics["skipped"]) == 1
+
+
 def test_averaged_weights():
     state, _ = one_update(batch(), ema_decay=0.75)
     expected = 0.75 * 1.0 + 0.25 * float(state.params["w"])

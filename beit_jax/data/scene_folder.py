@@ -27,19 +27,19 @@ SPLIT_FOLDERS = {
 
 
 class SceneFolder:
-    """One split of such a folder; a `Source` with label maps, whose images have no class."""
+    """One split of such a folder; a `Source` of images with label maps, or of the images alone."""
 
     class_names = ()
 
-    def __init__(self, root: Path, pairs: list[tuple[str, str]], classes: tuple, split: str):
+    def __init__(self, root: Path, pairs: list[tuple[str, str]], classes: tuple | None, split: str):
         self._root, self._pairs = str(root), pairs  # of an image and its label map, below the root
         self.mask_classes = classes
-        named = f"{len(classes)} named classes" if classes else "classes without names"
-        self.description = (
-            f"folder:{root}, {split}: {len(pairs):,} images with label maps of {named}"
-        )
+        self.description = f"folder:{root}, {split}: {len(pairs):,} images"
+        if classes is not None:
+            named = f"{len(classes)} named classes" if classes else "classes without names"
+            self.description += f" with label maps of {named}"
         digest = hashlib.blake2b(digest_size=8)
-        for name in (*classes, "", *(name for pair in pairs for name in pair)):
+        for name in (*(classes or ()), "", *(name for pair in pairs for name in pair)):
             digest.update(f"{name}\0".encode(errors="surrogateescape"))
         self.fingerprint = digest.hexdigest()
 
@@ -75,22 +75,24 @@ def is_scene_folder(path: str) -> bool:
     return all((local_path(path) / name).is_dir() for name in (IMAGES, LABEL_MAPS))
 
 
-def scene_splits(path: str, holdout: float) -> dict[str, SceneFolder]:
-    """All splits of the folder.
+def scene_splits(
+    path: str, holdout: float, *, images_alone: bool = False
+) -> dict[str, SceneFolder]:
+    """All splits of the folder; of `images_alone` whatever the label maps are.
 
     Raises:
         UserError: an image or a label map is alone, or there are none.
     """
     root = local_path(path)
-    classes = read_classes(root)
+    classes = None if images_alone else read_classes(root)
+    kinds = (IMAGES,) if images_alone else (IMAGES, LABEL_MAPS)
     parts = {
         split: folders
         for split, names in SPLIT_FOLDERS.items()
-        if (folders := _split_folders(root, names))
+        if (folders := _split_folders(root, kinds, names))
     }
     pairs = {
-        split: pair_up(root, *folders)
-        for split, folders in (parts or {"train": (IMAGES, LABEL_MAPS)}).items()
+        split: pair_up(root, *folders) for split, folders in (parts or {"train": kinds}).items()
     }
     if "validation" not in pairs and "train" in pairs:
         of = dict(pairs["train"])
@@ -100,17 +102,19 @@ def scene_splits(path: str, holdout: float) -> dict[str, SceneFolder]:
     return {n: SceneFolder(root, pairs[n], classes, n) for n in SPLIT_FOLDERS if pairs.get(n)}
 
 
-def _split_folders(root: Path, names: tuple[str, ...]) -> tuple[str, str] | None:
+def _split_folders(root: Path, kinds: tuple[str, ...], names: tuple[str, ...]) -> tuple | None:
     """A split's folder of images and its folder of label maps, which may be called otherwise."""
     found = [
         next((f"{kind}{os.sep}{name}" for name in names if (root / kind / name).is_dir()), None)
-        for kind in (IMAGES, LABEL_MAPS)
+        for kind in kinds
     ]
     return None if None in found else tuple(found)
 
 
-def pair_up(root: Path, images: str, label_maps: str) -> list[tuple[str, str]]:
-    """Paths below the root of every image and its label map, by the image's path."""
+def pair_up(root: Path, images: str, label_maps: str = "") -> list[tuple[str, str]]:
+    """Paths below the root of every image and its label map (or ""), by the image's path."""
+    if not label_maps:
+        return [(os.path.join(images, name), "") for name in _some_images(root / images)]
     found = {folder: _by_stem(root, folder) for folder in (images, label_maps)}
     for folder, other, missing in (
         (images, label_maps, "label map"),
@@ -123,17 +127,13 @@ def pair_up(root: Path, images: str, label_maps: str) -> list[tuple[str, str]]:
                 f"below {root / other}, the first is {found[folder][alone[0]]}: add what is "
                 "missing, or move them away."
             )
-    if not found[images]:
-        raise UserError(
-            f"there is no image below {root / images}: put images and label maps there."
-        )
     return sorted((name, found[label_maps][stem]) for stem, name in found[images].items())
 
 
 def _by_stem(root: Path, folder: str) -> dict[str, str]:
     """Path below `folder` without its ending -> path below the root."""
     found: dict[str, str] = {}
-    for name in list_images(root / folder):
+    for name in _some_images(root / folder):
         stem, path = os.path.splitext(name)[0], os.path.join(folder, name)
         if stem in found:
             raise UserError(
@@ -141,6 +141,12 @@ def _by_stem(root: Path, folder: str) -> dict[str, str]:
                 "their pair cannot be told: keep one of them."
             )
         found[stem] = path
+    return found
+
+
+def _some_images(folder: Path) -> list[str]:
+    if not (found := list_images(folder)):
+        raise UserError(f"there is no image below {folder}: put images and label maps there.")
     return found
 
 

@@ -14,7 +14,14 @@ from beit_jax.errors import UserError
 __all__ = ["Record", "Source", "few_labels", "open_source"]
 
 
-def open_source(source: str, split: str, *, data_dir: str = "", holdout: float = 0.05) -> Source:
+def open_source(
+    source: str,
+    split: str,
+    *,
+    data_dir: str = "",
+    holdout: float = 0.05,
+    images_alone: bool = False,
+) -> Source:
     """Opens a split of a data set.
 
     Args:
@@ -25,6 +32,7 @@ def open_source(source: str, split: str, *, data_dir: str = "", holdout: float =
         holdout: share of a folder without train/ and validation/ that is its validation split.
             Which images these are depends on their paths alone and on no seed, so that a
             tokenizer never trained on what a later stage holds out.
+        images_alone: without label maps, which need not fit or be there at all.
 
     Raises:
         UserError: there is nothing to open; says what to do.
@@ -32,10 +40,13 @@ def open_source(source: str, split: str, *, data_dir: str = "", holdout: float =
     kind, _, rest = source.partition(":")
     if source == DIGITS:
         ensure_digits(data_dir)
-        return Digits(split, data_dir)
+        return TfdsSource(DIGITS, split, data_dir) if images_alone else Digits(split, data_dir)
     if kind == "folder" and rest:
-        splits = scene_splits if is_scene_folder(rest) else folder_splits
-        return choose_split(rest, split, splits(rest, holdout))
+        if is_scene_folder(rest):
+            splits = scene_splits(rest, holdout, images_alone=images_alone)
+        else:
+            splits = folder_splits(rest, holdout)
+        return choose_split(rest, split, splits)
     if kind == "tfds" and rest:
         return TfdsSource(rest, split, data_dir)
     raise UserError(
