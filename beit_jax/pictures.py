@@ -2,6 +2,7 @@
 
 import colorsys
 import contextlib
+import errno
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
@@ -61,15 +62,21 @@ def coloured(labels: np.ndarray) -> Image.Image:
 def write_folder(folder: Path) -> Iterator[Callable[[str, Image.Image], None]]:
     """Writes pictures by the names of their images, as PNG; replaces the folder when all are done.
 
-    Of images whose names differ in their ending alone, all but the first keep it before `.png`.
+    Of images whose names differ in their ending alone, all but the first keep it before `.png`; one
+    in whose place a folder belongs is followed by `.png` once more.
     """
     part = folder.with_name(f"{folder.name}.part")
+    if folder.is_file():  # which would be found out when all the work is done
+        raise FileExistsError(errno.EEXIST, "it is a file", str(folder))
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
 
     def write(name: str, picture: Image.Image) -> None:
         inner = [p for p in PurePath(name).parts if p not in ("..", PurePath(name).anchor)]
         path = part.joinpath(*inner)
+        for place in list(path.parents)[: len(inner) - 1]:
+            if place.is_file():  # of the image b.jpg, where b.png is a folder
+                place.rename(place.with_name(f"{place.name}.png"))
         path.parent.mkdir(parents=True, exist_ok=True)
         alone = path.with_suffix(".png")
         picture.save(path.with_name(f"{path.name}.png") if alone.exists() else alone)

@@ -109,7 +109,7 @@ def write(config: ConfigDict, folder: Path) -> None:
     )
     path, answered = folder / predictor.answers.file, 0
     writer = predictor.answers.writer if jax.process_index() == 0 else _discard
-    with writer(path) as put:
+    with _said(path), writer(path) as put:
         for batch in run.eval_batches(source, predictor.views, config, folder, mesh):
             found = predictor.predict(batch), batch["index"], batch["valid"]
             rows, index, valid = multihost_utils.process_allgather(found, tiled=True)
@@ -119,6 +119,18 @@ def write(config: ConfigDict, folder: Path) -> None:
     screen.say(f"wrote {path}: {answered:,} of {len(source):,} images")
     if answered < len(source):
         screen.say(f"{len(source) - answered:,} cannot be read; see {folder / 'bad_files.txt'}")
+
+
+@contextlib.contextmanager
+def _said(path: Path):
+    """Says in one sentence why answers cannot be written; images that cannot be read raise none."""
+    try:
+        yield
+    except OSError as error:
+        place, reason = error.filename or path, error.strerror or error
+        raise UserError(
+            f"{place} cannot be written ({reason}); make way and room for {path}."
+        ) from error
 
 
 def _discard(_: Path):

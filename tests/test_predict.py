@@ -133,6 +133,19 @@ def test_the_command_and_what_it_refuses(trained, photos, tmp_path):
         predict.load(tmp_path)
 
 
+@pytest.mark.parametrize("way", ["folder", "full disk"])
+def test_a_table_that_cannot_be_written(way, trained, photos, tmp_path):
+    (folder, tree), (root, _) = trained, photos
+    run, tree.data.source = tmp_path / "run", f"folder:{root}"
+    shutil.copytree(folder, run, ignore=shutil.ignore_patterns("predictions*"))
+    if way == "folder":
+        (run / "predictions.csv").mkdir()
+    else:
+        (run / "predictions.csv.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot be written .*; make way and room for .*csv.$"):
+        predict.write(tree, run)
+
+
 def command(*flags) -> subprocess.CompletedProcess:
     environment = {**os.environ, "XLA_FLAGS": ""}
     line = [sys.executable, "-m", "beit_jax.main", *flags]

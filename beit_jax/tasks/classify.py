@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,6 +137,8 @@ def likeliest(probabilities: np.ndarray, names: tuple[str, ...]) -> list[tuple[s
 def write_csv(path: Path, classes: int) -> Iterator[Callable]:
     """Writes a line an image: file, then class and probability of each of the likeliest."""
     part = path.with_name(f"{path.name}.part")
+    if path.is_dir():  # which would be found out when all the work is done
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
     # Backslashes stand for what is no UTF-8: file names may be any bytes.
     with open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         lines = csv.writer(file)
