@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -29,6 +30,9 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
     Raises:
       UserError: one sentence, with the nearest neighbour of a misspelt key.
     """
+    keys = [found[1] for found in map(_KEY.match, argv) if found]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise UserError(f"--config.{twice} is given more than once; give it once.")
     try:
         rest = values(argv)
         config = values["config"].value
@@ -37,8 +41,25 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
         lines = str(error).replace("\\n", "\n").splitlines()
         # What a config file raises arrives with its traceback; the last line says what it is.
         sentence = " ".join(" ".join(lines[-1:] if "Traceback" in str(error) else lines).split())
-        raise UserError(f"the command line cannot be used: {sentence}") from error
+        sentence = _misspelt(error, keys) or f"the command line cannot be used: {sentence}"
+        raise UserError(sentence) from error
     return rest
+
+
+_KEY = re.compile(r"--?(?:no)?config\.([^=]+)")
+
+
+def _misspelt(error: Exception, keys: list[str]) -> str:
+    """What ml_collections' error says of the one of `keys` that a config lacks; "" if nothing."""
+    while error.args and isinstance(error.args[0], Exception):  # it wraps a KeyError
+        error = error.args[0]
+    found = re.match(r"'(\w+)'(?:\nDid you mean \"(\w+)\")?", str(*error.args[:1]))
+    for parts in (key.split(".") for key in keys if found):
+        if found[1] in parts:
+            key = ".".join(parts[: parts.index(found[1]) + 1])
+            advice = f"did you mean {found[2]}?" if found[2] else "configs/common.py has every key."
+            return f"there is no config.{key}; {advice}"
+    return ""
 
 
 def run(module: str, command: Callable[[], int], interrupted: str) -> int:

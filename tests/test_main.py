@@ -1,14 +1,17 @@
 """The command line: what a person types, and what a mistake is answered with."""
 
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tiny
+from absl import flags
+from ml_collections import config_flags
 
-from beit_jax import checkpoint, features, frozen, metrics, predict, stored_config
+from beit_jax import checkpoint, command_line, features, frozen, metrics, predict, stored_config
 from beit_jax.errors import UserError
 
 TINY = (
@@ -51,8 +54,8 @@ def test_the_chain_of_three_commands(tmp_path):
             "--config.data.labels_per_class=2",
         ),
     }
-    for name, flags in stages.items():
-        done = command(*flags, *TINY, f"--workdir={tmp_path / name}")
+    for name, given in stages.items():
+        done = command(*given, *TINY, f"--workdir={tmp_path / name}")
         assert done.returncode == 0, done.stderr
         assert "compiling" in done.stdout
         lines = metrics.read(tmp_path / name)
@@ -72,7 +75,8 @@ def test_the_chain_of_three_commands(tmp_path):
     both = [line for line in metrics.read(tmp_path / "mim") if line["split"] == "validation"]
     assert both[0]["loss"] == pytest.approx(both[1]["loss"], rel=1e-5)
 
-    changed = refusal(*stages["mim"], *TINY, f"--workdir={tmp_path / 'mim'}",
+    other = (flag for flag in TINY if "model.width" not in flag)
+    changed = refusal(*stages["mim"], *other, f"--workdir={tmp_path / 'mim'}",
                       "--config.model.width=64")  # fmt: skip
     assert "was started with config.model.width=32, now it is 64" in changed
 
@@ -84,7 +88,7 @@ def test_the_chain_of_three_commands(tmp_path):
         (("--config=configs/nothing.py",), "configs/nothing.py"),
         (("--config=configs/finetune_base.py:v3",), "no preset 'v3'; choose one of v1, v1_22k,"),
         (("--config=configs/mim_base.py:v3",), "get_config() takes 0 positional arguments"),
-        (("--config=configs/mim_base.py", "--config.model.widht=3"), '"width"'),
+        (("--config=configs/mim_base.py", "--config.model.widht=3"), "did you mean width?"),
         (("--config=configs/mim_base.py", "--config.model.width=wide"), "wide"),
         (("--config=configs/mim_base.py", "stray"), "stray"),
         (("--config=configs/mim_base.py", "--mode=sing"), "sing"),
@@ -100,6 +104,27 @@ def test_the_chain_of_three_commands(tmp_path):
 def test_mistakes_get_one_sentence(flags, said, tmp_path):
     workdir = () if "--mode=eval" in flags else (f"--workdir={tmp_path / 'run'}",)
     assert said in refusal(*flags, *(workdir if flags else ()))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--config.train.lables=4"], "no config.train.lables; configs/common.py has every key."),
+        (["--noconfig.data.fliq"], "there is no config.data.fliq; did you mean flip?"),
+        (["--config.trian.steps=4"], "there is no config.trian; did you mean train?"),
+        (
+            ["--config.eval.knn=(5,)", "--config.eval.knn=(9,)"],
+            "config.eval.knn is given more than",
+        ),
+    ],
+)
+def test_a_key_that_is_not_there_or_there_twice(wrong, said, monkeypatch):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
+    argv = ["main", "--config=configs/mim_base.py", *wrong]
+    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for its keys
+    with pytest.raises(UserError, match=re.escape(said)):
+        command_line.parse_flags(values, argv)
 
 
 def test_help_has_an_example():
@@ -149,7 +174,8 @@ def test_a_run_older_than_a_key_is_read_with_its_default(tmp_path, monkeypatch):
 
 def test_a_frozen_copy_older_than_a_key(tmp_path):
     run = tmp_path / "run"
-    weights = checkpoint.load_weights(str(tiny.random_tokenizer(tmp_path / "dvae")), "a test")
+    folder = tiny.random_network(tmp_path / "dvae", tiny.config("dvae"), 0)
+    weights = checkpoint.load_weights(str(folder), "a test")
     lacking = {**weights.config, "model": {}}
     frozen.save(run / "frozen" / "tokenizer", weights._replace(config=lacking))
     found = frozen.load(run / "frozen" / "tokenizer")
