@@ -30,6 +30,17 @@ def read(run: Path) -> tuple[str, ...]:
         raise UserError(f"{path} cannot be read ({error}); mend or delete it.") from error
 
 
+def refuse_fewer_than_two(config, names: tuple[str, ...]) -> None:
+    """Refuses data without labels, and of one class, which often lie a folder further down."""
+    if len(names) < 2:
+        there = f"the one class {names[0]!r}" if names else "no labels"
+        raise UserError(
+            f"config.data.source={config.data.source} has {there}, and task {config.task} needs "
+            "two classes or more: name the folder that holds one sub-folder of images a class, or "
+            "a labelled TFDS dataset."
+        )
+
+
 def check(run: Path, source: Source, names: tuple[str, ...]) -> None:
     """Refuses data with other classes, called `names`, than those that the run's head has learnt.
 

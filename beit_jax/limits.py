@@ -17,7 +17,7 @@ NOT_NEGATIVE = (
     "seed", "data.labels_per_class", "data.workers", "data.color_jitter", "dvae.kl_weight",
     "dvae.kl_steps", "dvae.temperature_steps", "model.layer_scale", "train.eval_every",
     "optimizer.warmup_epochs", "vqkd.kmeans", "classify.mixup", "classify.cutmix",
-    "segment.classes", "segment.auxiliary_weight", "segment.stride",
+    "segment.classes", "segment.auxiliary_weight", "segment.auxiliary_width", "segment.stride",
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 SHARES = (
@@ -52,18 +52,18 @@ def check(config: ConfigDict) -> None:
             refuse(key, f"one number, or one for each of data.channels={values['data.channels']}")
     if not all(value > 0 for value in values["model.std"]):
         refuse("model.std", "above 0")
-    low, high = values["data.crop_scale"]
-    if not 0 < low <= high <= 1:
-        refuse("data.crop_scale", "two rising shares above 0, at most 1")
-    low, high = values["data.crop_ratio"]
-    if not 0 < low <= high:
-        refuse("data.crop_ratio", "two rising numbers above 0")
+    for key in ("data.crop_scale", "data.crop_ratio", "segment.resize"):
+        if len(values[key]) != 2 or not 0 < values[key][0] <= values[key][1]:
+            refuse(key, "two rising numbers above 0")
+    if values["data.crop_scale"][1] > 1:
+        refuse("data.crop_scale", "two shares of at most 1")
     if not 0 <= values["data.rand_augment"] <= 10:
         refuse("data.rand_augment", "from 0 to 10")
     if values["data.rand_augment"] and values["data.channels"] not in (1, 3):
         refuse("data.rand_augment", "0 where data.channels is neither 1 nor 3")
-    if any(neighbours < 1 or neighbours != int(neighbours) for neighbours in values["eval.knn"]):
-        refuse("eval.knn", "whole numbers above 0")
+    for key in ("eval.knn", "segment.pools"):
+        if any(number < 1 or number != int(number) for number in values[key]):
+            refuse(key, "whole numbers above 0")
     rates = values["probe.learning_rates"]
     if not rates or not all(rate > 0 for rate in rates):
         refuse("probe.learning_rates", "one or more numbers above 0")

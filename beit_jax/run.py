@@ -42,7 +42,7 @@ class Run:
         self.mesh = sharding.make_mesh(config.mesh.fsdp, devices)
         self.source = self._open(config.data.train_split)
         if config.data.labels_per_class:
-            self.source = sources.few_labels(self.source, config.data.labels_per_class, config.seed)
+            self.source = sources.FewLabels(self.source, config.data.labels_per_class, config.seed)
         self.steps = train.total_steps(config, len(self.source))
         task = build(config, self.source, folder)
         task, self.optimizer = with_optimizer(task, config, self.steps, len(self.source))
@@ -62,6 +62,8 @@ class Run:
         config, training = self.config, mode == "train"
         self._check_evaluation()
         if training:
+            if config.data.labels_per_class:
+                self.source.labels()  # draws them, or refuses
             size, microbatches = config.train.batch_size, config.train.accumulate
             sharding.check_batch("config.train.batch_size", size, self.mesh, microbatches)
             store_config(self.folder, config)

@@ -14,7 +14,7 @@ from beit_jax.data import folder
 from beit_jax.data.collection import Collection, RecordLayout, records_part
 from beit_jax.data.digits import digits
 from beit_jax.data.record import Record
-from beit_jax.data.sources import few_labels, open_source
+from beit_jax.data.sources import FewLabels, open_source
 from beit_jax.data.tfds_store import find_dataset
 from beit_jax.data.tfds_writer import write_dataset
 from beit_jax.errors import UserError
@@ -302,17 +302,25 @@ def test_neither_tensorflow_nor_the_network_is_needed(tmp_path):
 
 def test_few_labels_are_balanced_seeded_and_nested(digits_dir):
     source = open_source("digits", "train", data_dir=digits_dir)
-    five, ten = few_labels(source, 5, 0), few_labels(source, 10, 0)
+    five, ten = FewLabels(source, 5, 0), FewLabels(source, 10, 0)
     assert len(five) == 50 and (np.bincount(five.labels()) == 5).all()
     assert [five[i].label for i in range(50)] == list(five.labels())
     assert set(names(five)) < set(names(ten)) < set(names(source))
-    assert set(names(five)) != set(names(few_labels(source, 5, 1)))
-    assert names(five) == names(few_labels(source, 5, 0))
+    assert set(names(five)) != set(names(FewLabels(source, 5, 1)))
+    assert names(five) == names(FewLabels(source, 5, 0))
     with pytest.raises(UserError, match="labels_per_class is 500, but class '0' has only"):
-        few_labels(source, 500, 0)
+        FewLabels(source, 500, 0).labels()
+
+
+def test_one_image_leaves_nothing_to_hold_out(tmp_path):
+    source = f"folder:{touch(tmp_path, '1.png')}"
+    with pytest.raises(UserError, match="has one image, .* config.data.eval_split=train"):
+        open_source(source, "validation")
+    with pytest.raises(UserError, match="has no split 'test'"):
+        open_source(source, "test")
 
 
 def test_few_labels_need_labels(tmp_path):
     source = open_source(f"folder:{touch(tmp_path, '1.png')}", "train")
     with pytest.raises(UserError, match="sub-folder per class"):
-        few_labels(source, 1, 0)
+        FewLabels(source, 1, 0)

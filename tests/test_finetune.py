@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from beit_jax import checkpoint, class_names, evaluate, metrics, train
+from beit_jax import checkpoint, class_names, evaluate, metrics, tasks, train
 from beit_jax.errors import UserError
 
 # From the authors' pages: images of an update, peak rate, epochs of warm-up and in all, layer-wise
@@ -147,5 +147,7 @@ def test_what_an_imported_classifier_cannot_be_evaluated_on(tmp_path):
     with pytest.raises(UserError, match=r"head/\w+ is \(.*10.?\) .* but \(.*2.?\) in the network"):
         tiny.run(tree, tmp_path / "run").execute("eval")
     tree.data.source = f"folder:{tmp_path / 'photos' / 'cat'}"
+    with pytest.raises(UserError, match="has the one class 'photos', and task classify needs two"):
+        tasks.build(tree, tiny.Images(4, ("photos",)), tmp_path)
     with pytest.raises(UserError, match="has no labels"):
         tiny.run(tree, tmp_path / "run")

@@ -179,7 +179,7 @@ def test_what_cannot_be_probed_is_refused(encoder, changes, said, tmp_path):
 
 
 def test_unlabelled_data_and_a_tokenizer_are_refused(encoder, tmp_path):
-    with pytest.raises(UserError, match="has no labels; a probe needs them"):
+    with pytest.raises(UserError, match="has no labels, and task probe needs two"):
         tasks.build(recipe(encoder), tiny.Images(9), tmp_path)
     dvae = tiny.random_network(tmp_path / "dvae", tiny.config("dvae"), 16)
     with pytest.raises(UserError, match="config.init.path: .* is of task 'dvae' and holds no enc"):

@@ -67,7 +67,9 @@ def test_evaluation_is_checked_before_training(changes, said, tokenizer, tmp_pat
     [
         ("train.checkpoint_every", 0), ("train.log_every", 0), ("data.channels", 0), ("seed", -1),
         ("data.image_size", (0, 8)), ("data.image_size", (8, 8, 1)), ("data.eval_crop", 0.0),
-        ("data.crop_ratio", (0.0, 1.0)), ("data.crop_scale", (2.0, 3.0)), ("model.depth", 0),
+        ("data.crop_ratio", (0.0, 1.0)), ("data.crop_ratio", (1.0,)), ("segment.resize", (1.0,)),
+        ("segment.resize", (2.0, 0.5)), ("segment.pools", (1, 0)), ("segment.auxiliary_width", -1),
+        ("data.crop_scale", (2.0, 3.0)), ("model.depth", 0),
         ("model.dtype", "float99"), ("data.workers", -1), ("data.labels_per_class", -1),
         ("train.ema_decay", 2.0), ("train.max_skipped", 0), ("mesh.fsdp", 3),
     ],
@@ -107,6 +109,14 @@ def test_another_tokenizer_is_refused_and_a_lost_one_not_needed(tokenizer, tmp_p
     kept = tiny.run(tree, tmp_path / "run").task.frozen
     expected = checkpoint.load_weights(str(tokenizer), "config.tokenizer.path").digest
     assert checkpoint.digest(jax.device_get(kept)) == expected  # of all collections
+
+
+def test_a_few_label_run_is_evaluated_where_a_class_has_fewer(tmp_path):
+    run = tiny.run(tiny.config("classify", data__labels_per_class=500), tmp_path / "run")
+    assert next(run.split_batches("validation"))["valid"].all()
+    with pytest.raises(UserError, match="labels_per_class is 500, but class '0' has only"):
+        run.execute("train")
+    assert not (tmp_path / "run").exists()
 
 
 def test_images_without_a_label_weigh_nothing(tmp_path):

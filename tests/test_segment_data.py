@@ -21,7 +21,7 @@ from beit_jax.data.pipeline import (
 )
 from beit_jax.data.reader import generator
 from beit_jax.data.record import Record
-from beit_jax.data.sources import few_labels, open_source
+from beit_jax.data.sources import FewLabels, open_source
 from beit_jax.errors import UserError
 
 pytestmark = pytest.mark.smoke
@@ -453,7 +453,7 @@ def test_strokes_of_the_digits_have_their_digits_class():
         labels = source.mask(i).labels
         assert set(np.unique(labels)) == {0, label + 1}
         assert image[labels > 0].min() > image[labels == 0].max()
-    few = few_labels(open_source("digits", "train"), 2, seed=0)
+    few = FewLabels(open_source("digits", "train"), 2, seed=0)
     assert (
         few.mask_classes == source.mask_classes and few.mask(19).labels.max() == few[19].label + 1
     )

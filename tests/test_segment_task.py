@@ -453,7 +453,6 @@ def test_label_maps_of_other_classes_are_refused(tmp_path, names, said):
     ("changes", "said"),
     [
         ({"segment.classes": 4}, "config.segment.classes=4, but .* 3 named classes"),
-        ({"segment.resize": (2.0, 0.5)}, "config.segment.resize"),
         ({"segment.stride": 9}, "config.segment.stride=9 leaves gaps"),
         ({"segment.scales": (1.0, 2.0)}, "config.segment.scales"),
         ({"segment.stride": 5, "segment.scales": ()}, "config.segment.scales"),

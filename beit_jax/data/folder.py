@@ -72,6 +72,11 @@ def choose_split(path: str, split: str, splits: dict[str, Source]) -> Source:
         )
     if split == ALL:
         return type(next(iter(splits.values()))).union(splits)
+    if split == "validation" and split not in splits and len(splits.get("train", ())) == 1:
+        raise UserError(
+            f"folder:{path} has one image, which leaves none to hold out as validation: add "
+            "images, or set config.data.eval_split=train to evaluate on it too."
+        )
     if split not in splits:
         raise UserError(
             f"folder:{path} has no split {split!r}: it has {', '.join(splits)} (from its folders "

@@ -1,5 +1,7 @@
 """`config.data.source` and a split to a `Source`."""
 
+import functools
+
 import numpy as np
 
 from beit_jax.data.digits import NAME as DIGITS
@@ -11,7 +13,7 @@ from beit_jax.data.scene_folder import is_scene_folder, scene_splits
 from beit_jax.data.tfds_store import TfdsSource
 from beit_jax.errors import UserError
 
-__all__ = ["Record", "Source", "few_labels", "open_source"]
+__all__ = ["FewLabels", "Record", "Source", "open_source"]
 
 
 def open_source(
@@ -55,54 +57,57 @@ def open_source(
     )
 
 
-class _Subset:
-    """Some examples of a source; a `Source`."""
+class FewLabels:
+    """A balanced subset with `per_class` examples of every class, in the source's order.
 
-    def __init__(self, source: Source, indices: np.ndarray, what: str):
-        self._source, self._indices = source, indices
+    With the same seed, a smaller subset is part of a larger one. It is drawn when first read: what
+    a network has learnt can be evaluated where a class has fewer.
+
+    Raises:
+      UserError: there are no labels; or, when it is drawn, a class has fewer examples.
+    """
+
+    def __init__(self, source: Source, per_class: int, seed: int):
+        if not source.class_names:
+            raise UserError(
+                f"config.data.labels_per_class={per_class} needs labels, and {source.description} "
+                "has none: sort the images into one sub-folder per class."
+            )
+        self._source, self._per_class, self._seed = source, per_class, seed
         self.class_names, self.mask_classes = source.class_names, source.mask_classes
-        self.description = f"{source.description}, {what}: {len(indices):,} images"
+        what = f"{per_class} labels a class of seed {seed}"
+        self.description = f"{source.description}, {what}: {len(self):,} images"
         self.fingerprint = f"{source.fingerprint}:{what}"
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return self._per_class * len(self.class_names)
 
     def __getitem__(self, index: int) -> Record:
-        return self._source[int(self._indices[index])]
+        return self._source[self._at(index)]
 
     def name(self, index: int) -> str:
-        return self._source.name(int(self._indices[index]))
+        return self._source.name(self._at(index))
 
     def mask(self, index: int) -> LabelMap:
-        return self._source.mask(int(self._indices[index]))
+        return self._source.mask(self._at(index))
 
     def labels(self) -> np.ndarray:
-        return self._source.labels()[self._indices]
+        return self._source.labels()[self.indices]
 
+    @functools.cached_property
+    def indices(self) -> np.ndarray:
+        """The chosen examples of the source, int [len], rising."""
+        labels, chosen = self._source.labels(), []
+        shuffled = np.random.default_rng(self._seed).permutation(len(labels))
+        for label, name in enumerate(self.class_names):
+            of_class = shuffled[labels[shuffled] == label]
+            if len(of_class) < self._per_class:
+                raise UserError(
+                    f"config.data.labels_per_class is {self._per_class}, but class {name!r} has "
+                    f"only {len(of_class)} images in {self._source.description}."
+                )
+            chosen.append(of_class[: self._per_class])
+        return np.sort(np.concatenate(chosen))
 
-def few_labels(source: Source, per_class: int, seed: int) -> Source:
-    """A balanced subset with `per_class` examples of every class, in the source's order.
-
-    With the same seed, a smaller subset is part of a larger one.
-
-    Raises:
-        UserError: there are no labels, or a class has fewer examples.
-    """
-    if not source.class_names:
-        raise UserError(
-            f"config.data.labels_per_class={per_class} needs labels, and {source.description} has "
-            "none: sort the images into one sub-folder per class."
-        )
-    labels = source.labels()
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    chosen = []
-    for label, name in enumerate(source.class_names):
-        of_class = shuffled[labels[shuffled] == label]
-        if len(of_class) < per_class:
-            raise UserError(
-                f"config.data.labels_per_class is {per_class}, but class {name!r} has only "
-                f"{len(of_class)} images in {source.description}."
-            )
-        chosen.append(of_class[:per_class])
-    what = f"{per_class} labels a class of seed {seed}"
-    return _Subset(source, np.sort(np.concatenate(chosen)), what)
+    def _at(self, index: int) -> int:
+        return int(self.indices[index])

@@ -18,7 +18,6 @@ from beit_jax.architecture import images_of, make_classifier
 from beit_jax.augment import color_jitter, erase, mix, normalize, to_unit
 from beit_jax.data.pipeline import View
 from beit_jax.data.record import Source
-from beit_jax.errors import UserError
 from beit_jax.models.beit import Classifier
 from beit_jax.task import Answers, Purpose, Task, Weights, example_weights, keys_for, mean_of_sums
 
@@ -102,11 +101,7 @@ class Classification(NamedTuple):
 def build(config, source: Source, run: Path) -> Task:
     """Builds classification over the training data's classes."""
     names = source.class_names
-    if not names:
-        raise UserError(
-            f"config.data.source={config.data.source} has no labels; classification needs them: "
-            "sort the images into one sub-folder a class, or name a labelled TFDS dataset."
-        )
+    class_names.refuse_fewer_than_two(config, names)
     class_names.check(run, source, names)
     parts = Classification(make_classifier(config, len(names)), names, config)
     return Task(

@@ -136,11 +136,7 @@ class Probing(NamedTuple):
 
 def build(config, source: Source, run: Path) -> Task:
     """Builds the probes of the encoder at `config.init.path`."""
-    if not source.class_names:
-        raise UserError(
-            f"config.data.source={config.data.source} has no labels; a probe needs them: sort the "
-            "images into one sub-folder a class, or name a labelled TFDS dataset."
-        )
+    class_names.refuse_fewer_than_two(config, source.class_names)
     if config.eval.probe:
         raise UserError(
             "config.eval.probe=True has no place in a run of task probe, which is one by itself; "

@@ -234,11 +234,6 @@ def _number_of_classes(config, source: Source) -> int:
 
 def _check(config) -> None:
     segment = config.segment
-    low, high = segment.resize
-    if not 0 < low <= high:
-        raise UserError(
-            f"config.segment.resize={segment.resize} must be two rising factors above 0."
-        )
     if not segment.scales or min(segment.scales) <= 0:
         raise UserError(f"config.segment.scales={segment.scales} must be factors above 0.")
     if not segment.stride and tuple(segment.scales) != (1.0,):
