@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from beit_jax import (
@@ -20,12 +19,12 @@ from beit_jax import (
     sharding,
     tasks,
     train,
+    warm_start,
 )
 from beit_jax.data import pipeline, sources
 from beit_jax.errors import UserError
 from beit_jax.limits import check
 from beit_jax.task import Task
-from beit_jax.warm_start import warm_start
 
 
 class Run:
@@ -118,10 +117,13 @@ class Run:
             )
 
     def create_state(self, key: jax.Array, taken=None) -> train.TrainState:
-        """The state before the first update, with the parameters in `taken` in place of its own."""
+        """The state before the first update, with what is `taken` in place of its own."""
         params, model_state = self.task.init(key)
         if taken is not None:
-            params = unflatten_dict(flatten_dict(params) | flatten_dict(taken))
+            params = warm_start.put(params, taken)
+            if "batch_stats" in model_state:
+                statistics = warm_start.put(model_state["batch_stats"], taken)
+                model_state = {**model_state, "batch_stats": statistics}
         return train.create_state(
             params, model_state, self.optimizer, ema=self.config.train.ema_decay > 0
         )
@@ -148,7 +150,8 @@ class Run:
         taken, origin = None, "starting from fresh weights"
         if self.config.init.path and not self.task.frozen_init:
             weights = checkpoint.load_weights(self.config.init.path, "config.init.path")
-            taken, origin = warm_start(abstract.params, weights, self.config)
+            wanted = warm_start.variables(abstract.params, abstract.model_state)
+            taken, origin = warm_start.warm_start(wanted, weights, self.config)
         placed = jax.tree.map(lambda x: x.sharding, abstract)
         create = jax.jit(self.create_state, out_shardings=placed)
         state = create(jax.random.key(self.config.seed), taken)
@@ -209,7 +212,7 @@ class Run:
         if config.eval.best not in names:
             raise UserError(
                 f"config.eval.best={config.eval.best!r} is not among the evaluation metrics of "
-                f"this run; name one of {', '.join(sorted(names))}."
+                f"this run; name one of {', '.join(sorted(n for n in names if '/' not in n))}."
             )
 
     def _open(self, split: str) -> sources.Source:

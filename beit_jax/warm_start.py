@@ -34,7 +34,7 @@ def warm_start(params: PyTree, weights: Weights, config: Mapping) -> tuple[PyTre
     classifier they are kept, the head only for the same number of classes.
 
     Args:
-      params: the new run's parameters with an `encoder`; arrays or shapes.
+      params: the new run's `variables` with an `encoder`; arrays or shapes.
       weights: of a run that trained an encoder.
       config: the new run's resolved config.
 
@@ -51,7 +51,8 @@ def warm_start(params: PyTree, weights: Weights, config: Mapping) -> tuple[PyTre
             "mim or classify, or leave config.init.path empty."
         )
     _check_architecture(weights, config)
-    found, wanted = (flatten_dict(tree, sep="/") for tree in (weights.params, params))
+    trees = variables(weights.params, weights.model_state), params
+    found, wanted = (flatten_dict(tree, sep="/") for tree in trees)
     origins = {name: _origin(name, found) for name in wanted}
     source, target = patch_grid(weights.config), patch_grid(config)
     resized = []
@@ -74,6 +75,18 @@ def warm_start(params: PyTree, weights: Weights, config: Mapping) -> tuple[PyTre
                 f"--config.model.{key} changes that"
             )
     return unflatten_dict(taken, sep="/"), "\n  ".join(report)
+
+
+def variables(params: PyTree, model_state: Mapping) -> PyTree:
+    """Parameters and BatchNorm's running statistics as one tree; no two have one name."""
+    statistics = model_state.get("batch_stats", {})
+    return unflatten_dict(flatten_dict(params) | flatten_dict(statistics))
+
+
+def put(tree: PyTree, taken: PyTree) -> PyTree:
+    """A tree with those arrays of `taken` that have a place in it."""
+    found = flatten_dict(taken)
+    return unflatten_dict({path: found.get(path, x) for path, x in flatten_dict(tree).items()})
 
 
 def _take(wanted: Mapping, found: Mapping, origins: Mapping) -> tuple[dict, dict[str, str]]:

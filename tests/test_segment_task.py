@@ -154,6 +154,16 @@ def test_scores_are_averaged_over_the_classes_that_occur(classes):
     assert scores == pytest.approx(by_hand(label, found), abs=1e-12)
 
 
+def test_each_class_has_its_own_score_as_far_as_it_has_a_name():
+    counts = np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+    scores = segment.finalize({"confusion": (counts, counts.sum())}, ("sky", "sea", "sand"))
+    shown = {name: value for name, value in scores.items() if "/" in name}
+    assert list(shown) == ["IoU/sky", "IoU/sea", "IoU/sand"]
+    assert list(shown.values()) == pytest.approx([3 / 4, 4 / 5, np.nan], nan_ok=True)
+    assert scores["mIoU"] == pytest.approx((3 / 4 + 4 / 5) / 2)
+    assert "IoU/sea" not in segment.finalize({"confusion": (counts, counts.sum())})
+
+
 def test_counts_beyond_32_bits_are_exact():
     counts = np.array([[3 * 2**40 + 1, 1], [0, 2**40]], np.int64)
     scores = segment.finalize({"confusion": (counts, counts.sum())})
@@ -381,6 +391,26 @@ def test_segmentation_starts_from_pre_training_at_another_size(tmp_path):
     assert table.shape == (11 * 11 + 3, 2)
     assert "resized from 4x4 to 6x6 patches" in said and "fresh: pyramid" in said
     assert parts.scenes.size == (12, 12)
+
+
+def test_segmentation_starts_from_segmentation_with_its_statistics(tmp_path):
+    """Those of other modules than fit stay fresh, like their parameters."""
+    tree = tiny.config("segment", init__path=str(tmp_path / "first"))
+    tiny.random_network(tmp_path / "first", tree, 11)
+    theirs = checkpoint.load_weights(str(tmp_path / "first"), "a test").variables
+    tree.segment.auxiliary_width = 4
+    run = tiny.run(tree, tmp_path / "second", jax.devices()[:1])
+    shapes = jax.eval_shape(run.task.init, jax.random.key(0))
+    fresh = jax.tree.map(lambda x: jnp.full(x.shape, 7, x.dtype), shapes)
+    run.task = run.task._replace(init=lambda key: fresh)  # which costs no compilation
+    state = jax.device_get(tiny.fresh_state(run))
+    for found, wanted in (
+        (state.params, theirs["params"]),
+        (state.model_state["batch_stats"], theirs["batch_stats"]),
+    ):
+        for module in ("pyramid", "decode_head"):
+            jax.tree.map(np.testing.assert_array_equal, found[module], wanted[module])
+        assert all((leaf == 7).all() for leaf in jax.tree.leaves(found["auxiliary_conv"]))
 
 
 def test_an_image_becomes_a_coloured_label_map(folder, tmp_path, monkeypatch):

@@ -5,11 +5,13 @@ is averaged over the labelled pixels, where mmsegmentation divides by all of the
 """
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -173,7 +175,7 @@ def build(config, source: Source, run: Path) -> Task:
         augment=parts.augment,
         loss_fn=parts.loss_fn,
         eval_fn=parts.eval_fn,
-        finalize=finalize,
+        finalize=partial(finalize, names=source.mask_classes or tuple(map(str, range(classes)))),
         frozen={},
         predict=parts.predict,
         update_state=parts.update_state,
@@ -182,8 +184,10 @@ def build(config, source: Source, run: Path) -> Task:
     )
 
 
-def finalize(sums) -> dict[str, jax.Array]:
+def finalize(sums, names: tuple[str, ...] = ()) -> dict[str, jax.Array]:
     """Means, and of an evaluation mIoU, mAcc and aAcc from its one confusion matrix.
+
+    And IoU/<name> of each class that has one of `names`; NaN of a class that does not occur.
 
     As mmsegmentation: of a class the intersection over the union of label and prediction, and the
     share of its pixels that are found, each averaged over the classes that it is defined for; and
@@ -196,11 +200,18 @@ def finalize(sums) -> dict[str, jax.Array]:
     # Operators alone: the evaluation counts in 64 bits, which jax.numpy would cut to 32.
     right, label, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     union = label + predicted - right
-    return mean_of_sums(sums) | {
-        "mIoU": (right / (union + (union == 0))).sum() / (union > 0).sum(),
-        "mAcc": (right / (label + (label == 0))).sum() / (label > 0).sum(),
-        "aAcc": right.sum() / labelled,
-    }
+    ious = right / (union + (union == 0))
+    with np.errstate(invalid="ignore"):
+        by_class = {f"IoU/{name}": ious[i] / (union[i] > 0) for i, name in enumerate(names)}
+    return (
+        mean_of_sums(sums)
+        | by_class
+        | {
+            "mIoU": ious.sum() / (union > 0).sum(),
+            "mAcc": (right / (label + (label == 0))).sum() / (label > 0).sum(),
+            "aAcc": right.sum() / labelled,
+        }
+    )
 
 
 def _sides(config) -> list[int]:
