@@ -45,7 +45,9 @@ def evaluate(task: Task, eval_step, weights: Weights, batches: Iterable[Batch]) 
     def step(batch):
         return jax.tree.map(_wide, jax.device_get(eval_step(weights, batch)))
 
-    return jax.device_get(task.finalize(add_up(step, batches)))
+    sums = add_up(step, batches)
+    with np.errstate(invalid="ignore"):  # NaN stands for a number that does not exist
+        return jax.device_get(task.finalize(sums))
 
 
 def _wide(sums: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -201,17 +200,14 @@ def finalize(sums, names: tuple[str, ...] = ()) -> dict[str, jax.Array]:
     right, label, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     union = label + predicted - right
     ious = right / (union + (union == 0))
-    with np.errstate(invalid="ignore"):
-        by_class = {f"IoU/{name}": ious[i] / (union[i] > 0) for i, name in enumerate(names)}
-    return (
-        mean_of_sums(sums)
-        | by_class
-        | {
-            "mIoU": ious.sum() / (union > 0).sum(),
-            "mAcc": (right / (label + (label == 0))).sum() / (label > 0).sum(),
-            "aAcc": right.sum() / labelled,
-        }
-    )
+    by_class = {f"IoU/{name}": ious[i] / (union[i] > 0) for i, name in enumerate(names)}
+    return {
+        **mean_of_sums(sums),
+        **by_class,
+        "mIoU": ious.sum() / (union > 0).sum(),
+        "mAcc": (right / (label + (label == 0))).sum() / (label > 0).sum(),
+        "aAcc": right.sum() / labelled,
+    }
 
 
 def _sides(config) -> list[int]:
