@@ -12,7 +12,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from beit_jax import checkpoint, command_line, distributed, predict, stored_config, train
+from beit_jax import command_line, distributed, predict, stored_config, train
 from beit_jax.errors import UserError
 from beit_jax.run import Run
 
