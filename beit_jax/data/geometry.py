@@ -1,6 +1,7 @@
 """Which part of an image is taken, and how it becomes a view."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import cv2
@@ -115,27 +116,46 @@ def resize(image: np.ndarray, view: View, box: Box | None = None) -> np.ndarray:
     return np.stack([np.asarray(plane.resize(size, method, box=box)) for plane in planes], axis=-1)
 
 
-def resize_quickly(image: np.ndarray, view: View) -> np.ndarray:
-    """`resize` of a whole image for training, several times as fast where it shrinks.
+def resize_quickly(image: np.ndarray, views: Iterable[View]) -> dict[View, np.ndarray]:
+    """`resize` of a whole image to each of `views` for training, many times as fast.
 
-    OpenCV's cubic kernel has a fixed width, so what would alias is blurred away before: by three
-    taps [t, 1 - 2t, t] where t grows with the factor f, as the variance that Pillow's wider kernel
-    would have added; from a factor of 2 on by averaging over areas. On photographs both stay above
-    35 dB of `resize` (bicubic). Other interpolations, and enlarging, are Pillow's.
+    A view of half another's size is made from that one. On photographs all stay above 37 dB of
+    `resize` (bicubic). Views of fewer than 64 pixels across, where every pixel counts and none
+    costs, and other interpolations than bicubic and lanczos are those of `resize`.
     """
-    (height, width, channels), (down, across) = image.shape, view.size
-    factors = height / down, width / across
-    if min(factors) < 1 or view.interpolation not in ("bicubic", "lanczos"):
-        return resize(image, view)
-    if max(factors) >= 2:
-        small = cv2.resize(image, (across, down), interpolation=cv2.INTER_AREA)
-    else:
-        sigmas = [_sigma_of_taps(0.1 * (factor**2 - 1)) for factor in factors]
-        blurred = cv2.GaussianBlur(
-            image, (3, 3), sigmaX=sigmas[1], sigmaY=sigmas[0], borderType=cv2.BORDER_REPLICATE
+    made = {}
+    for view in sorted(set(views), key=lambda view: view.size, reverse=True):
+        if min(view.size) < 64 or view.interpolation not in _SMOOTH:
+            made[view] = resize(image, view)
+            continue
+        double = (2 * view.size[0], 2 * view.size[1])
+        larger = (made[v] for v in made if v.size == double and v.interpolation in _SMOOTH)
+        made[view] = _shrink(next(larger, image), *view.size)
+    return made
+
+
+_SMOOTH = ("bicubic", "lanczos")
+
+
+def _shrink(image: np.ndarray, down: int, across: int) -> np.ndarray:
+    """OpenCV's cubic resize to [down, across], with what would alias taken out.
+
+    Its kernel has a fixed width. So where a side shrinks by a factor f, three taps [t, 1 - 2t, t]
+    blur first, with about the variance that Pillow's wider kernel would add; they suffice up to
+    f = 2 (the largest t is that of the best PSNR), beyond which an image is halved again and again.
+    """
+    height, width, channels = image.shape
+    if height > 2 * down or width > 2 * across:
+        image = _shrink(image, min(2 * down, height), min(2 * across, width))
+    factors = image.shape[0] / down, image.shape[1] / across
+    if max(factors) > 1:
+        taps = (min(0.1 * (factor**2 - 1), 0.2) for factor in factors)
+        sigma_y, sigma_x = (_sigma_of_taps(tap) for tap in taps)
+        image = cv2.GaussianBlur(
+            image, (3, 3), sigmaX=sigma_x, sigmaY=sigma_y, borderType=cv2.BORDER_REPLICATE
         )
-        small = cv2.resize(blurred, (across, down), interpolation=cv2.INTER_CUBIC)
-    return small.reshape(down, across, channels)
+    image = cv2.resize(image, (across, down), interpolation=cv2.INTER_CUBIC)
+    return image.reshape(down, across, channels)
 
 
 def _sigma_of_taps(tap: float) -> float:

@@ -119,17 +119,16 @@ class ViewReader(Reader):
         if augmentation.magnitude:
             plan = rand_augment.draw(chance, augmentation.magnitude)
 
-        def make(view: View) -> np.ndarray:
-            seen = resize_quickly(crop, view)
+        def finish(seen: np.ndarray) -> np.ndarray:
             if flipped:
                 seen = cv2.flip(seen, 1).reshape(seen.shape)
             return seen if plan is None else rand_augment.apply(seen, plan, augmentation.mean)
 
-        return {**self._example(make), "label": np.int32(label)}
+        made = resize_quickly(crop, self._views.values())
+        made = {view: finish(seen) for view, seen in made.items()}
+        return {**self._named(made), "label": np.int32(label)}
 
-    def _example(self, make: Callable[[View], np.ndarray]) -> Example:
-        """What `make` makes of every view; of two that are alike once."""
-        made = {view: make(view) for view in dict.fromkeys(self._views.values())}
+    def _named(self, made: dict[View, np.ndarray]) -> Example:
         return {name: made[view] for name, view in self._views.items()}
 
     def _evaluation_example(self, eval_crop: float, index: int) -> Example:
@@ -137,8 +136,9 @@ class ViewReader(Reader):
         image, label = found or (np.zeros((1, 1, self.channels), np.uint8), -1)
         size = next(iter(self._views.values())).size
         box = center_box(*image.shape[:2], size, eval_crop)
+        made = {view: resize(image, view, box) for view in set(self._views.values())}
         return {
-            **self._example(lambda view: resize(image, view, box)),
+            **self._named(made),
             "label": np.int32(label),
             "index": np.int32(index),
             "valid": np.bool_(found is not None),
