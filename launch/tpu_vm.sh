@@ -27,7 +27,7 @@ Examples:
   launch/tpu_vm.sh create  beit --zone=us-central2-b --type=v4-32
   launch/tpu_vm.sh install beit --zone=us-central2-b
   launch/tpu_vm.sh run     beit --zone=us-central2-b -- \
-      --config=configs/mim_base.py --config.data.data_dir=gs://bucket/data --workdir=/shared/run
+      --config=configs/mim_base.py --config.data.data_dir=/shared/data --workdir=/shared/run
   launch/tpu_vm.sh keep    beit --zone=us-central2-b --type=v4-32 --spot -- --workdir=/shared/run
 HELP
 }

@@ -19,7 +19,7 @@ process to end (it may save a checkpoint for a minute) and then makes it. `state
 
 Example:
   EXTRAS=tpu launch/worker.sh install
-  launch/worker.sh start --config=configs/mim_base.py --workdir=gs://bucket/run
+  launch/worker.sh start --config=configs/mim_base.py --workdir=/shared/run
 HELP
     exit
 fi

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "configs").glob("*.py"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*DOCS, *sorted((ROOT / "configs").glob("*.py"))]
+PARTS = ("beit_jax.benchmark", "beit_jax.convert", "beit_jax.prepare")  # have sub-commands
+
 PARSE = """
 import sys
 from absl import flags
@@ -47,7 +50,7 @@ def test_commands_of_main_are_parsed(command):
 def test_other_commands_exist(command):
     words = shlex.split(command)
     if words[0] == "python":  # with the sub-command, which has flags of its own
-        sub = words[3:4] if words[2] in ("beit_jax.convert", "beit_jax.prepare") else []
+        sub = words[3:4] if words[2] in PARTS else []
         run = [sys.executable, *words[1:3], *sub]
     else:
         run = [str(ROOT / words[0])]
@@ -57,6 +60,7 @@ def test_other_commands_exist(command):
         assert flag in done.stdout, f"{flag} is unknown to {words[0]}"
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).exists() or target.startswith("https://"), target
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists() or target.startswith("https://"), target

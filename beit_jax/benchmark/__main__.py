@@ -93,6 +93,8 @@ def _config(options: argparse.Namespace, overrides: list[str]) -> ConfigDict:
         f"--config.train.batch_size={(8 if cpu else 128) * jax.device_count()}",
         f"--config.model.dtype={'float32' if cpu else 'bfloat16'}",
     ]
+    keys = {given.split("=")[0] for given in overrides}
+    defaults = [default for default in defaults if default.split("=")[0] not in keys]
     values = flags.FlagValues()
     argv = ["benchmark", f"--config={options.config}", *defaults, *overrides]
     config_flags.DEFINE_config_file(
