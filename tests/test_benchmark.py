@@ -36,8 +36,9 @@ def test_flops_of_base_are_those_on_paper():
         return model.apply(params, images_, indices_)[0].sum()
 
     images_, indices_ = (jnp.zeros(x.shape, x.dtype) for x in (images, indices))
-    # Backward twice forward, but that images have no gradient.
-    backward = 2 * forward - 2 * 196 * (16 * 16 * 3) * width
+    # Backward twice forward, but that images have no gradient, and that of the relative bias is a
+    # sum over the batch in every block.
+    backward = 2 * forward - 2 * 196 * (16 * 16 * 3) * width + 12 * 2 * 12 * length**2
     assert matrix_flops(jax.grad(loss), params) == 2 * (forward + backward)
 
 

@@ -67,7 +67,7 @@ def test_another_stage_reads_the_averaged_weights(tmp_path):
     (tmp_path / "config.json").write_text('{"data": {"image_size": [8, 8]}}')
     weights = checkpoint.load_weights(str(tmp_path), "config.init.path")
     np.testing.assert_array_equal(weights.params["encoder"]["kernel"], np.full((64, 64), 2.0))
-    assert weights.config == {"data": {"image_size": (8, 8)}}
+    assert weights.config["data"]["image_size"] == (8, 8)
 
 
 def test_one_checkpoint_of_a_run_can_be_named(tmp_path):
@@ -95,7 +95,7 @@ def test_a_frozen_copy_is_read_back_and_checked(tmp_path):
     frozen.save(tmp_path / "tokenizer", weights)
     back = frozen.load(tmp_path / "tokenizer")
     np.testing.assert_array_equal(back.params["encoder"]["kernel"], params["encoder"]["kernel"])
-    assert back.digest == digest and back.config == {"task": "dvae"}
+    assert back.digest == digest and back.config["task"] == "dvae"
     about = tmp_path / "tokenizer" / "source.json"
     about.write_text(about.read_text().replace(digest, "0" * 64))
     with pytest.raises(UserError, match="damaged"):
