@@ -1,5 +1,6 @@
 """Images that cannot be used: counted, listed, and fatal when they are too many."""
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -13,6 +14,7 @@ class BadFiles:
         self._length, self._max_share, self._path = length, max_share, path
         self._seen: dict[int, str] = {}
         self._lock = threading.Lock()
+        self._waiting: list[bytes] = []  # lines that could not be written
         self._listed: set[bytes] = set()  # names in the file, up to this place in it
         self._place = 0
 
@@ -39,12 +41,15 @@ class BadFiles:
         """Appends to the file unless an earlier run or another process has listed the image."""
         if self._path is None:
             return
-        Path(self._path).parent.mkdir(parents=True, exist_ok=True)
         # Backslashes stand for what is no UTF-8: file names may be any bytes.
         line = f"{name}\t{' '.join(reason.split())}\n".encode(errors="backslashreplace")
-        with open(self._path, "ab+") as file:
-            file.seek(self._place)
-            self._listed.update(other.split(b"\t")[0] for other in file)
-            if line.split(b"\t")[0] not in self._listed:
-                file.write(line)
-            self._place = file.tell()
+        self._waiting.append(line)
+        with contextlib.suppress(OSError):  # a full disk ends no training: the line waits
+            Path(self._path).parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "ab+") as file:
+                file.seek(self._place)
+                self._listed.update(other.split(b"\t")[0] for other in file)
+                new = [one for one in self._waiting if one.split(b"\t")[0] not in self._listed]
+                file.writelines(new)
+                self._place = file.tell()
+            self._waiting.clear()

@@ -8,6 +8,7 @@ would bring up whatever colour hides below it). Colour profiles are ignored.
 measurement is the same grey in every image.
 """
 
+import contextlib
 import functools
 import io
 from typing import NamedTuple
@@ -34,6 +35,8 @@ _TURNS = {  # EXIF orientation -> the operation that undoes it; 1 is upright
     7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
     8: lambda image: image.swapaxes(0, 1)[::-1],
 }
+# Of one image, as Pillow has it; 0.5 GB in RGB. A file of a few kB can claim to be any size.
+MAX_PIXELS = 178_956_970
 _HEADED = (b"\xff\xd8\xff", b"\x89PNG\r\n")  # of which Pillow tells the size at once: JPEG, PNG
 _ORIENTATION = 274  # the tag's number, in EXIF and in TIFF
 
@@ -82,8 +85,7 @@ def read_size(image: bytes | np.ndarray) -> tuple[int, int]:
     """Height and width that `decode` will give an image; most files need not be decoded for it."""
     if not isinstance(image, np.ndarray) and image.startswith(_HEADED):
         try:
-            with Image.open(io.BytesIO(image)) as picture:
-                width, height = picture.size
+            width, height = _claimed_size(image)
         except (OSError, SyntaxError, ValueError) as error:
             raise BadImage(f"its head is broken ({error})") from None
         upright = _exif_orientation(image) <= 4  # the others lie on their side
@@ -91,13 +93,30 @@ def read_size(image: bytes | np.ndarray) -> tuple[int, int]:
     return read_pixels(image).values.shape[:2]
 
 
+def _claimed_size(data: bytes) -> tuple[int, int]:
+    """Width and height in a file's head; raises BadImage where they are too large, or OSError."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return _check_size(*picture.size)
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"it is too large ({error})") from None
+
+
+def _check_size(width: int, height: int) -> tuple[int, int]:
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"it has {width:,} x {height:,} pixels; up to {MAX_PIXELS:,} can be read")
+    return width, height
+
+
 def _from_bytes(data: bytes) -> Pixels:
-    if data[:3] == b"\xff\xd8\xff":  # JPEG, always 3 channels: OpenCV turns and converts
-        return Pixels(_opencv(data, cv2.IMREAD_COLOR_RGB))
     if data[:6] == b"\x93NUMPY":
         return _from_array(_npy(data))
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return _tiff(data)
+    with contextlib.suppress(OSError, SyntaxError, ValueError):  # OpenCV may read it all the same
+        _claimed_size(data)
+    if data[:3] == b"\xff\xd8\xff":  # JPEG, always 3 channels: OpenCV turns and converts
+        return Pixels(_opencv(data, cv2.IMREAD_COLOR_RGB))
     pixels = _from_opencv(_opencv(data, cv2.IMREAD_UNCHANGED))
     if b"eXIf" in data or b"EXIF" in data:  # PNG's and WebP's chunk; this flag does not turn them
         pixels = pixels._replace(values=_turn(pixels.values, _exif_orientation(data)))
@@ -128,6 +147,7 @@ def _tiff(data: bytes) -> Pixels:
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page = file.pages[0]
+            _check_size(page.imagewidth, page.imagelength)
             plain = page.samplesperpixel in (1, 3) or page.photometric.name == "SEPARATED"
             if not plain:
                 return _tiff_samples(page, data)
@@ -161,7 +181,7 @@ def _tiff_samples(page: tifffile.TiffPage, data: bytes) -> Pixels:
 def _npy(data: bytes) -> np.ndarray:
     try:
         return np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, MemoryError) as error:  # which its head alone may cause
         raise BadImage(f"it is a broken .npy file ({error})") from None
 
 
