@@ -14,7 +14,9 @@ from pathlib import Path
 import jax
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+
+from beit_jax import durable
 
 
 class Writer:
@@ -27,40 +29,57 @@ class Writer:
         None only adds to what is there, for a run that may still be training elsewhere.
         """
         self._active = jax.process_index() == 0
+        self._lost_picture = ""  # why one could not be written
         if self._active:
             self._run = run
             if resume_at is not None:
                 drop_beyond(run / "metrics.jsonl", resume_at)
-            self._lines = open(run / "metrics.jsonl", "a", buffering=1)
-            self._tensorboard = SummaryWriter(
-                str(run / "tensorboard"),
-                purge_step=None if resume_at is None else resume_at + 1,
-            )
+            self._lines = durable.Lines(run / "metrics.jsonl")
+            self._curves = durable.Curves(run / "tensorboard", resume_at)
 
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes one line, and one TensorBoard curve per value."""
         if not self._active:
             return
         numbers = {name: _number(value) for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, "split": split, **numbers}) + "\n")
+        self._lines.add(json.dumps({"step": step, "split": split, **numbers}))
         for name, value in numbers.items():
             if value is not None:
-                self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+                self._curves.add(summary.scalar(f"{split}/{name}", value), step)
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Writes uint8 [H, W, 3] pictures to TensorBoard and to pictures/<name>_<step>.png."""
         if not self._active:
             return
         for name, picture in pictures.items():
-            self._tensorboard.add_image(name, picture, step, dataformats="HWC")
+            self._curves.add(summary.image(name, picture, dataformats="HWC"), step)
             path = self._run / "pictures" / f"{name}_{step}.png"
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(picture).save(path)
+            try:
+                path.parent.mkdir(exist_ok=True)
+                Image.fromarray(picture).save(path)
+            except OSError as error:
+                self._lost_picture = f"{path} cannot be written ({error})"
+
+    def flush(self) -> None:
+        """Returns when all numbers are on disk; raises OSError where they cannot be written."""
+        if self._active:
+            self._curves.flush()
+            self._lines.flush()
+
+    def alarms(self) -> dict[str, str]:
+        """What a person must act on, by what it is about: numbers that cannot be written."""
+        if not self._active or not (problem := self._lines.error or self._lost_picture):
+            return {}
+        self._lost_picture = ""
+        return {
+            "writing": f"{self._run} cannot be written ({problem}); make room or mend the disk: "
+            "numbers wait in memory, pictures are lost."
+        }
 
     def close(self) -> None:
         if self._active:
             self._lines.close()
-            self._tensorboard.close()
+            self._curves.close()
 
 
 def drop_beyond(path: Path, step: int) -> None:
@@ -79,6 +98,22 @@ def read(run: Path) -> list[dict]:
         except json.JSONDecodeError:
             break  # only the last line can be cut short
     return lines
+
+
+def evaluations(run: Path) -> dict[int, dict]:
+    """The first evaluation of every update that has one, which is training's own."""
+    found: dict[int, dict] = {}
+    if (run / "metrics.jsonl").exists():
+        for line in read(run):
+            if line["split"] not in ("train", "timing"):
+                found.setdefault(line["step"], line)
+    return found
+
+
+def last_step(run: Path) -> int:
+    """The last update that a run's metrics.jsonl speaks of; 0 where there is no such file."""
+    lines = read(run) if (run / "metrics.jsonl").exists() else []
+    return max((line["step"] for line in lines), default=0)
 
 
 def write_atomically(path: Path, text: str) -> None:
