@@ -4,7 +4,10 @@ A checkpoint is a folder `checkpoints/<step>/` of separate items (params, ema_pa
 opt_state, progress), so that a later stage can read the weights alone.
 """
 
+import contextlib
 import hashlib
+import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +18,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from beit_jax import damage, metrics, retention
 from beit_jax.errors import UserError
 from beit_jax.stored_config import read_config
 
@@ -34,26 +39,18 @@ class Keeper:
 
         `read_only` touches nothing, so that a run can be evaluated while it trains elsewhere.
         """
-        self._best = best
-        policies = checkpoint_managers
-        self._manager = ocp.CheckpointManager(
-            (run / "checkpoints").resolve(),  # Orbax refuses relative paths
+        self._run, self._keep, self._read_only = run, keep, read_only
+        self._best = retention.Best(best, maximize, metrics.evaluations(run))
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        newest = checkpoint_managers.LatestN(self._keep)
+        return _Manager(
+            (self._run / "checkpoints").resolve(),  # Orbax refuses relative paths
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(keep),
-                        policies.BestN(
-                            get_metric_fn=lambda scores: scores[best],
-                            reverse=not maximize,
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
-                best_fn=lambda scores: scores[best],
-                best_mode="max" if maximize else "min",
-                cleanup_tmp_directories=not read_only,  # what a killed save left behind
-                read_only=read_only,
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, self._best]),
+                cleanup_tmp_directories=not self._read_only,  # what a killed save left behind
+                read_only=self._read_only,
             ),
         )
 
@@ -61,13 +58,9 @@ class Keeper:
         """The newest saved update, or None."""
         return self._manager.latest_step()
 
-    def save(self, state, scores: dict[str, float] | None) -> None:
+    def save(self, state) -> None:
         """Copies the state off the devices and writes it in the background."""
-        if scores is not None and self._best not in scores:
-            raise UserError(
-                f"config.eval.best={self._best!r} is not among the evaluation metrics "
-                f"({', '.join(sorted(scores))}); name one of them."
-            )
+        self._manager = self._manager or self._open()
         items = {name: getattr(state, name) for name in TREES}
         items = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if _leaves(tree)}
         counters = {name: int(getattr(state, name)) for name in COUNTERS}
@@ -76,18 +69,37 @@ class Keeper:
         self._manager.save(
             counters["step"],
             args=ocp.args.Composite(progress=ocp.args.JsonSave(counters), **items),
-            metrics=scores,
         )
 
-    def restore(self, abstract):
-        """The newest state, laid out like `abstract` (a state of shapes with shardings)."""
-        step = self._manager.latest_step()
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
+        """Notes how good a saved update is; raises UserError where the scores do not tell."""
+        self._best.note(step, scores)
+
+    def restore(self, abstract) -> tuple[Any, str]:
+        """The newest state that is whole, laid out like `abstract` (shapes with shardings).
+
+        Returns it, and what a person is told of checkpoints that are damaged. Training moves these
+        out of the way, to the run's folder damaged/.
+        """
+        folder = Path(self._manager.directory)
+        newest_first = [folder / str(step) for step in sorted(self._manager.all_steps())[::-1]]
+        state, damaged = damage.first_whole(
+            newest_first, lambda path: self._restore(path, abstract), str(self._run)
+        )
+        if damaged and not self._read_only:
+            if jax.process_index() == 0:
+                for path in damaged:
+                    damage.move_away(path, self._run)
+            multihost_utils.sync_global_devices("damaged checkpoints moved")
+            self._manager.reload()
+        return state, damage.sentence(damaged)
+
+    def _restore(self, folder: Path, abstract):
         items = {
             name: ocp.args.StandardRestore(getattr(abstract, name))
             for name in TREES
             if _leaves(getattr(abstract, name))
         }
-        folder = Path(self._manager.directory) / str(step)
         if missing := [name for name in items if not (folder / name).is_dir()]:
             raise UserError(
                 f"{folder} holds no {' and no '.join(missing)}: imported weights and those of "
@@ -100,7 +112,7 @@ class Keeper:
             state = {k: v for k, v in abstract.model_state.items() if k != HISTORY}
             items["model_state"] = ocp.args.StandardRestore(state)
         restored = self._manager.restore(
-            step, args=ocp.args.Composite(progress=ocp.args.JsonRestore(), **items)
+            int(folder.name), args=ocp.args.Composite(progress=ocp.args.JsonRestore(), **items)
         )
         counters = {
             name: jax.device_put(
@@ -126,16 +138,32 @@ class Keeper:
                     "those that the weights were made with."
                 )
 
-    def reached_preemption(self, step: int) -> bool:
-        """Whether any host was told to stop; all hosts answer alike."""
-        return self._manager.reached_preemption(step)
+    def saving(self) -> bool:
+        """Whether a save is still being written in the background."""
+        return self._manager is not None and self._manager.is_saving_in_progress()
 
     def wait(self) -> None:
-        """Returns when the last save is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when the last save is on disk; raises what kept it from that."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def abandon(self) -> None:
+        """Forgets a save that failed, with all that Orbax remembers of it."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with contextlib.suppress(Exception):  # which was said already
+                manager.close()
 
     def close(self) -> None:
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which leaves it to `preemption` to ask whether the run is to stop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Weights(NamedTuple):
@@ -169,21 +197,31 @@ def load_weights(path: str, named: str) -> Weights:
     """
     folder = Path(path).expanduser().resolve()
     if folder.parent.name == "checkpoints":
-        run, checkpoint = folder.parent.parent, folder
+        run, checkpoints = folder.parent.parent, [folder] if folder.is_dir() else []
     else:
-        run, checkpoint = folder, _newest(folder / "checkpoints")
-    if checkpoint is None or not checkpoint.is_dir() or not (run / "config.json").is_file():
+        run, checkpoints = folder, _newest_first(folder / "checkpoints")
+    if not checkpoints or not (run / "config.json").is_file():
         raise UserError(
             f"{named}={path} holds no finished checkpoint (looked for config.json and "
             "checkpoints/<step>/ in it); train one first or name another run's folder."
         )
+    config = read_config(run)
+    weights, damaged = damage.first_whole(
+        checkpoints, lambda checkpoint: _read_weights(checkpoint, config), f"{named}={path}"
+    )
+    if damaged:
+        warnings.warn(damage.sentence(damaged), stacklevel=2)
+    return weights
+
+
+def _read_weights(checkpoint: Path, config: dict) -> Weights:
     item = "ema_params" if (checkpoint / "ema_params").is_dir() else "params"
     params, model_state = read_tree(checkpoint / item), {}
     if (checkpoint / "model_state").is_dir():
         model_state = read_tree(checkpoint / "model_state")
         model_state.pop(HISTORY, None)
     kind = "averaged weights" if item == "ema_params" else "weights"
-    found = Weights(params, model_state, read_config(run), str(checkpoint), "", kind)
+    found = Weights(params, model_state, config, str(checkpoint), "", kind)
     return found._replace(digest=digest(found.variables))
 
 
@@ -243,9 +281,14 @@ def _shapes(path: Path) -> PyTree:
     return ocp.PyTreeCheckpointHandler().metadata(epath.Path(path)).tree
 
 
-def _newest(checkpoints: Path) -> Path | None:
+def any_in(run: Path) -> bool:
+    """Whether a run's folder holds a checkpoint, whole or damaged."""
+    return bool(_newest_first(run / "checkpoints"))
+
+
+def _newest_first(checkpoints: Path) -> list[Path]:
     steps = [p for p in checkpoints.glob("*") if p.name.isdigit()]
-    return max(steps, key=lambda p: int(p.name), default=None)
+    return sorted(steps, key=lambda p: int(p.name), reverse=True)
 
 
 def _leaves(tree: PyTree) -> bool:

@@ -10,6 +10,7 @@ ABOVE_ZERO = (
     "dvae.width", "dvae.decoder_input", "model.patch_size", "model.width", "model.depth",
     "model.heads", "model.mlp_ratio", "eval.batch_size", "train.batch_size", "train.accumulate",
     "train.log_every", "train.checkpoint_every", "train.keep", "train.max_skipped",
+    "train.max_failed_saves",
     "vqkd.codes", "vqkd.code_width", "vqkd.decoder_depth", "vqkd.kmeans_vectors", "vqkd.dead_after",
     "model.norm_epsilon", "segment.short_side",
 )  # fmt: skip

@@ -12,7 +12,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from beit_jax import command_line, distributed, predict, stored_config, train
+from beit_jax import command_line, distributed, predict, preemption, same_data, stored_config
 from beit_jax.errors import UserError
 from beit_jax.run import Run
 
@@ -29,6 +29,9 @@ MODE = flags.DEFINE_enum(
     "train (resuming by itself), evaluate the newest checkpoint, or write what it says of each "
     "image of config.data.source",
 )
+FORCE = flags.DEFINE_bool(
+    "force", False, "go on with a run although its config or its training data have changed"
+)
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, if there are more")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes that train together")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "this process's number, from 0")
@@ -37,9 +40,10 @@ STORED_CONFIG = str(Path(stored_config.__file__))
 # May differ between a run and its continuation: they change no number that was logged.
 CHANGEABLE = (
     "train.steps", "train.epochs", "train.accumulate", "train.log_every", "train.eval_every",
-    "train.checkpoint_every", "train.keep", "train.max_skipped", "eval", "mesh", "data.data_dir",
-    "data.source", "data.workers", "data.max_bad_share", "data.eval_split", "model.remat",
-    "tokenizer.path", "teacher.path", "vqkd.alarm_usage", "vqkd.restart_dead", "data.predict_split",
+    "train.checkpoint_every", "train.keep", "train.max_skipped", "train.max_failed_saves", "eval",
+    "mesh", "data.data_dir", "data.source", "data.workers", "data.max_bad_share",
+    "data.eval_split", "model.remat", "tokenizer.path", "teacher.path", "vqkd.alarm_usage",
+    "vqkd.restart_dead", "data.predict_split",
 )  # fmt: skip
 
 # May differ in an evaluation or prediction besides: they change what it sees, and no weight.
@@ -74,8 +78,12 @@ def main(argv: list[str]) -> None:
     distributed.agree(same, mesh.start_timeout)
     if MODE.value == "predict":
         predict.write(config, folder)
+    elif MODE.value == "eval":
+        Run(config, folder).execute("eval")
     else:
-        Run(config, folder).execute(MODE.value)
+        stop = preemption.Stop()
+        with stop.listening():
+            Run(config, folder).execute("train", stop)
 
 
 def resolve() -> tuple[Path, ConfigDict]:
@@ -97,6 +105,8 @@ def resolve() -> tuple[Path, ConfigDict]:
         )
     if stored is not None:
         _refuse_changes(run, stored, config.to_dict())
+    if FORCE.value and MODE.value == "train" and jax.process_index() == 0:
+        (run / same_data.FILE).unlink(missing_ok=True)
     return run, config
 
 
@@ -109,15 +119,17 @@ def _refuse_changes(run: Path, old: dict, new: dict) -> None:
         )
     old, new = dict(_flat(old)), dict(_flat(new))
     changeable = CHANGEABLE + (EVALUATED_WITH if MODE.value != "train" else ())
-    for key, value in new.items():
-        if any(key == c or key.startswith(c + ".") for c in changeable):
-            continue
-        before = old.get(key)
-        if before != (list(value) if isinstance(before, list) else value):
-            raise UserError(
-                f"{run} was started with config.{key}={before}, now it is {value}; give a new "
-                "--workdir, or the old value."
-            )
+    changes = [
+        f"config.{key} from {old.get(key)} to {value}"
+        for key, value in new.items()
+        if not any(key == c or key.startswith(c + ".") for c in changeable)
+        and old.get(key) != (list(value) if isinstance(old.get(key), list) else value)
+    ]
+    if changes and not FORCE.value:
+        raise UserError(
+            f"the config of {run} has changed since it was started, {', '.join(changes)}; give the "
+            "old values, a new --workdir, or --force to go on all the same."
+        )
 
 
 def _flat(tree: dict, prefix: str = ""):
@@ -163,13 +175,13 @@ def command() -> None:
         print(f"error: {error}", file=sys.stderr)
         distributed.fail(error, 1)
         sys.exit(1)
-    except train.Interrupted as stop:
+    except preemption.Interrupted as stop:
         print(stop, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(preemption.STATUS)
     except KeyboardInterrupt as error:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        distributed.fail(error, 130)
-        sys.exit(130)
+        distributed.fail(error, preemption.STATUS)
+        sys.exit(preemption.STATUS)
     except Exception as error:
         distributed.fail(error, 1)
         raise

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from beit_jax import checkpoint, class_names, limits, progress, run, sharding, task, tasks
+from beit_jax import checkpoint, class_names, limits, progress, reading, sharding, task, tasks
 from beit_jax.data import pipeline
 from beit_jax.data.record import Record
 from beit_jax.errors import UserError
@@ -101,7 +101,7 @@ def write(config: ConfigDict, folder: Path) -> None:
     weights = checkpoint.load_weights(str(folder), "--workdir")
     mesh = sharding.make_mesh(config.mesh.fsdp)
     predictor = Predictor(weights, config, mesh)
-    source = run.open_split(config, config.data.predict_split, images_alone=True)
+    source = reading.open_split(config, config.data.predict_split, images_alone=True)
     screen = progress.Screen(config.eval.batch_size)
     screen.say(
         f"{config.task} by {weights.kind} of {weights.source} on {mesh.size} "
@@ -110,7 +110,7 @@ def write(config: ConfigDict, folder: Path) -> None:
     path, answered = folder / predictor.answers.file, 0
     writer = predictor.answers.writer if jax.process_index() == 0 else _discard
     with _said(path), writer(path) as put:
-        for batch in run.eval_batches(source, predictor.views, config, folder, mesh):
+        for batch in reading.eval_batches(source, predictor.views, config, folder, mesh):
             found = predictor.predict(batch), batch["index"], batch["valid"]
             rows, index, valid = multihost_utils.process_allgather(found, tiled=True)
             for row in np.flatnonzero(valid):

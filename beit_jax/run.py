@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import optax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from beit_jax import (
@@ -13,9 +14,14 @@ from beit_jax import (
     class_names,
     evaluate,
     frozen,
+    lock,
     metrics,
     optimizer,
+    preemption,
     progress,
+    reading,
+    same_data,
+    saving,
     sharding,
     tasks,
     train,
@@ -37,6 +43,7 @@ class Run:
           UserError: for a config that cannot work.
         """
         self.config, self.folder = config, folder
+        self.stop = preemption.Stop()
         check(config)
         self.mesh = sharding.make_mesh(config.mesh.fsdp, devices)
         self.source = self._open(config.data.train_split)
@@ -56,34 +63,50 @@ class Run:
             ema_decay=config.train.ema_decay,
         )
 
-    def execute(self, mode: str) -> None:
-        """Trains (or resumes) and evaluates, or evaluates the newest checkpoint."""
-        config, training = self.config, mode == "train"
+    def execute(self, mode: str, stop: preemption.Stop | None = None) -> None:
+        """Trains (or resumes) and evaluates, or evaluates the newest checkpoint.
+
+        Raises:
+          Interrupted: `stop` was asked to; the same call goes on from there.
+          UserError: for what a person can mend.
+        """
+        self.stop = stop or self.stop
         self._check_evaluation()
-        if training:
-            if config.data.labels_per_class:
-                self.source.labels()  # draws them, or refuses
-            size, microbatches = config.train.batch_size, config.train.accumulate
-            sharding.check_batch("config.train.batch_size", size, self.mesh, microbatches)
-            store_config(self.folder, config)
-            frozen.keep(self.folder, self.task.copies)
-            class_names.keep(self.folder, self.task.class_names)
-        keeper = checkpoint.Keeper(
-            self.folder,
-            keep=config.train.keep,
-            best=config.eval.best,
-            maximize=config.eval.maximize,
-            read_only=not training,
-        )
-        # Closing waits for a save that is being written, whatever ended the run.
-        with contextlib.closing(keeper):
-            state, origin = self.initial_state(keeper, mode)
-            writer = metrics.Writer(self.folder, int(state.step) if training else None)
-            with contextlib.closing(writer):
-                self._train_or_evaluate(mode, state, origin, keeper, writer)
+        with lock.held(self.folder) if mode == "train" else contextlib.nullcontext():
+            if mode == "train":
+                self._prepare_folder()
+            keeper = checkpoint.Keeper(
+                self.folder,
+                keep=self.config.train.keep,
+                best=self.config.eval.best,
+                maximize=self.config.eval.maximize,
+                read_only=mode != "train",
+            )
+            # Closing waits for a save that is being written, whatever ended the run.
+            with contextlib.closing(keeper):
+                state, origin = self.initial_state(keeper, mode)
+                step = int(state.step)
+                reached = metrics.last_step(self.folder)
+                if mode == "train" and reached > step:
+                    origin += f"; updates {step + 1} to {reached} are made again"
+                writer = metrics.Writer(self.folder, step if mode == "train" else None)
+                with contextlib.closing(writer):
+                    self._train_or_evaluate(mode, state, origin, keeper, writer)
+
+    def _prepare_folder(self) -> None:
+        """Refuses what cannot be trained on, then writes what does not change any more."""
+        config = self.config
+        if config.data.labels_per_class:
+            self.source.labels()  # draws them, or refuses
+        size, microbatches = config.train.batch_size, config.train.accumulate
+        sharding.check_batch("config.train.batch_size", size, self.mesh, microbatches)
+        same_data.keep(self.folder, self.source, resuming=checkpoint.any_in(self.folder))
+        store_config(self.folder, config)
+        frozen.keep(self.folder, self.task.copies)
+        class_names.keep(self.folder, self.task.class_names)
 
     def _train_or_evaluate(self, mode: str, state, origin: str, keeper, writer) -> None:
-        config, step = self.config, int(state.step)
+        config, stop, step = self.config, self.stop, int(state.step)
         screen = progress.Screen(config.train.batch_size)
         screen.say(
             f"{config.task} in {self.folder} on {self.mesh.size} {jax.default_backend()} devices\n"
@@ -91,30 +114,49 @@ class Run:
             + f"{self.steps} updates of {config.train.batch_size} images; " * (mode == "train")
             + origin
         )
-        if mode == "eval" or step >= self.steps:
-            eval_step = evaluate.make_eval_step(self.task, config.seed)
+        eval_step = evaluate.make_eval_step(self.task, config.seed)
+
+        def evaluation(state) -> None:
             scores = train.run_evaluation(
                 self.task, state, eval_step, self.split_batches, config, writer
             )
-            screen.evaluated(step, scores)
-            screen.alarm(step, self.task.alarms(scores))
-            if (
-                mode == "train" and keeper.latest() is None
-            ):  # a run of no updates still hands its weights on
-                keeper.save(state, scores)
-        else:
+            screen.evaluated(int(state.step), scores)
+            screen.alarm(int(state.step), self.task.alarms(scores))
+            keeper.evaluated(int(state.step), scores)
+
+        if mode == "eval":
+            evaluation(state)
+            return
+        saver = saving.Saver(keeper, writer, stop, config.train.max_failed_saves)
+        if step == self.steps and keeper.latest() is None:
+            saver.save(state)  # a run of no updates still hands its weights on
+        if train.evaluation_due(config, step, self.steps):
+            if not self._was_evaluated(step):  # not yet, or the run was stopped in it
+                evaluation(state)
+            elif step == self.steps:
+                screen.say("all updates were made and evaluated; --mode=eval does so again")
+        if step < self.steps:
             train.train(
                 self.task,
                 state,
                 self.train_step,
                 self.train_batches(step),
-                self.split_batches,
+                evaluation,
                 config=config,
+                folder=self.folder,
                 total_steps=self.steps,
-                keeper=keeper,
+                saver=saver,
+                stop=stop,
                 writer=writer,
                 screen=screen,
             )
+
+    def _was_evaluated(self, step: int) -> bool:
+        """Whether metrics.jsonl has the evaluation of an update; all processes answer alike."""
+        line = metrics.evaluations(self.folder).get(step, {"split": None})
+        return bool(
+            multihost_utils.broadcast_one_to_all(line["split"] == self.config.data.eval_split)
+        )
 
     def create_state(self, key: jax.Array, taken=None) -> train.TrainState:
         """The state before the first update, with what is `taken` in place of its own."""
@@ -142,9 +184,10 @@ class Run:
         if mode == "eval":  # which needs no optimizer, and imported weights have none
             abstract = abstract._replace(opt_state=None)
         if keeper.latest() is not None:
-            state = keeper.restore(abstract)
+            state, passed_over = keeper.restore(abstract)
+            self.stop.saved = int(state.step)
             doing = "evaluating" if mode == "eval" else "resuming at"
-            return state, f"{doing} update {int(state.step)}"
+            return state, "; ".join(filter(None, [f"{doing} update {state.step}", passed_over]))
         if mode == "eval":
             raise UserError(f"{self.folder} holds no finished checkpoint to evaluate.")
         taken, origin = None, "starting from fresh weights"
@@ -156,7 +199,7 @@ class Run:
         create = jax.jit(self.create_state, out_shardings=placed)
         state = create(jax.random.key(self.config.seed), taken)
         if self.task.warm_start is not None:
-            with contextlib.closing(self.train_batches(0)) as batches:
+            with contextlib.closing(self.stop.between(self.train_batches(0))) as batches:
                 model_state, said = self.task.warm_start(
                     state.params, state.model_state, self.task.frozen, batches
                 )
@@ -166,28 +209,16 @@ class Run:
 
     def train_batches(self, start: int):
         """Endless global batches on the devices, from batch number `start`."""
-        data = self.config.data
-        batches = pipeline.train_batches(
-            self.source,
-            self.task.views,
-            pipeline.Augmentation(
-                tuple(data.crop_scale),
-                tuple(data.crop_ratio),
-                data.flip,
-                data.rand_augment,
-                tuple(self.config.model.mean),
-            ),
-            batch_size=self.config.train.batch_size,
-            seed=self.config.seed,
-            start=start,
-            **_reading(self.config, self.folder),
+        return reading.train_batches(
+            self.source, self.task.views, self.config, self.folder, self.mesh, start
         )
-        return (sharding.put_batch(batch, self.mesh) for batch in batches)
 
     def split_batches(self, split: str):
         """Every example of a split once, padded to whole batches, on the devices."""
         source = self.source if split == self.config.data.train_split else self._open(split)
-        return eval_batches(source, self.task.views, self.config, self.folder, self.mesh)
+        return self.stop.between(
+            reading.eval_batches(source, self.task.views, self.config, self.folder, self.mesh)
+        )
 
     def _check_evaluation(self) -> None:
         """Refuses before training what would only fail at the first evaluation."""
@@ -197,7 +228,7 @@ class Run:
             splits.add(config.eval.select_split)
         for split in splits - {config.data.train_split}:
             self._open(split)
-        size = eval_batch_size(config, self.mesh)
+        size = reading.eval_batch_size(config, self.mesh)
         batch = pipeline.eval_shapes(task.views, size, config.data.channels)
 
         def scores(key, frozen, batch):
@@ -216,49 +247,7 @@ class Run:
             )
 
     def _open(self, split: str) -> sources.Source:
-        return open_split(self.config, split)
-
-
-def open_split(config, split: str, *, images_alone: bool = False) -> sources.Source:
-    """A split of `config.data.source`."""
-    data = config.data
-    return sources.open_source(
-        data.source,
-        split,
-        data_dir=data.data_dir,
-        holdout=data.holdout,
-        images_alone=images_alone,
-    )
-
-
-def eval_batches(source: sources.Source, views, config, folder: Path, mesh):
-    """Every example of a source once, padded to whole batches, on the devices."""
-    batches = pipeline.eval_batches(
-        source,
-        views,
-        batch_size=eval_batch_size(config, mesh),
-        eval_crop=config.data.eval_crop,
-        **_reading(config, folder),
-    )
-    return (sharding.put_batch(batch, mesh) for batch in batches)
-
-
-def eval_batch_size(config, mesh) -> int:
-    """`config.eval.batch_size`, rounded up to a multiple of the devices; padding is free."""
-    return -(-config.eval.batch_size // mesh.size) * mesh.size
-
-
-def _reading(config, folder: Path) -> dict:
-    data = config.data
-    return dict(
-        channels=data.channels,
-        max_value=data.max_value,
-        workers=data.workers,
-        max_bad_share=data.max_bad_share,
-        bad_files=folder / "bad_files.txt",
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+        return reading.open_split(self.config, split)
 
 
 def with_optimizer(task: Task, config, steps: int, examples: int):

@@ -1,20 +1,21 @@
 """The train step and the only training loop."""
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from beit_jax import checkpoint, evaluate, metrics, progress, sharding
+from beit_jax import bad_update, evaluate, metrics, preemption, progress, saving
 from beit_jax.errors import UserError
-from beit_jax.task import Batch, Task, Weights, row_keys
+from beit_jax.gradients import make_gradients
+from beit_jax.task import Batch, Task, Weights
 
 PyTree = Any
 
@@ -29,6 +30,11 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     skipped: jax.Array  # int32: updates skipped because they were not finite
     skipped_in_a_row: jax.Array  # int32
+
+    @property
+    def updates_made(self) -> jax.Array:
+        """The optimizer's own count, which all schedules follow; a skipped update is none."""
+        return self.step - self.skipped
 
     @property
     def evaluated_params(self) -> PyTree:
@@ -55,27 +61,10 @@ def make_train_step(
     ema_decay: float,
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the jitted `(state, frozen, batch) -> (state, metrics)`; the state is donated."""
+    gradients = make_gradients(task, mesh, seed=seed, microbatches=microbatches)
 
     def step_fn(state: TrainState, frozen, batch):
-        rows = next(iter(batch.values())).shape[0]
-        keys = row_keys(seed, state.step, jnp.arange(rows))
-        batch = task.augment(batch, keys)
-        # The optimizer's own count stands still in a skipped update; all schedules follow it.
-        updates_made = state.step - state.skipped
-
-        def gradients(batch, keys):
-            def loss_sum(params):
-                (loss, weight), aux = task.loss_fn(
-                    params, state.model_state, frozen, batch, keys, updates_made
-                )
-                return loss, (weight, aux)
-
-            (_, aux), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.params)
-            return grads, aux
-
-        grads, (weight, (statistics, sums)) = _accumulate(
-            gradients, (batch, keys), microbatches, mesh
-        )
+        grads, (weight, (statistics, sums)) = gradients(state, frozen, batch)
         with jax.named_scope("optimizer"):
             # A batch without a label weighs nothing, and says nothing about its gradient: zero.
             grads = jax.tree.map(lambda g: g / (weight + (weight == 0)), grads)
@@ -94,9 +83,11 @@ def make_train_step(
             kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         skipped = state.skipped + ~finite
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        # What was not finite is no number, and so in nobody's mean: null in the file.
+        found = {k: jnp.where(finite, v, jnp.nan) for k, v in task.finalize(sums).items()}
         values = {
-            **task.finalize(sums),
-            **{name: fn(updates_made) for name, fn in task.schedules.items()},
+            **found,
+            **{name: fn(state.updates_made) for name, fn in task.schedules.items()},
             "grad_norm": grad_norm,
             "skipped": skipped,
             "skipped_in_a_row": in_a_row,
@@ -106,93 +97,73 @@ def make_train_step(
     return jax.jit(step_fn, donate_argnums=0)
 
 
-def _accumulate(fn, rows: PyTree, microbatches: int, mesh: Mesh):
-    """Sums `fn(*rows)` over microbatches, each spread over all devices as the batch is.
-
-    Microbatch `a` takes every `microbatches`-th row, so each device cuts up its own rows and
-    nothing moves.
-    """
-    if microbatches == 1:
-        return fn(*rows)
-
-    def split(x):
-        x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, *sharding.BATCH)))
-
-    def body(total, rows):
-        return jax.tree.map(jnp.add, total, fn(*rows)), None
-
-    stacked = jax.tree.map(split, rows)
-    shapes = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], stacked))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, zeros, stacked)[0]
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and has saved its state."""
-
-
 def train(
     task: Task,
     state: TrainState,
     train_step,
     batches: Iterator[Batch],
-    split_batches: Callable[[str], Iterator[Batch]],
+    evaluation: Callable[[TrainState], None],
     *,
     config,
+    folder: Path,
     total_steps: int,
-    keeper: checkpoint.Keeper,
+    saver: saving.Saver,
+    stop: preemption.Stop,
     writer: metrics.Writer,
     screen: progress.Screen,
 ) -> TrainState:
-    """Runs updates until `total_steps`: update, log, evaluate, save.
+    """Runs updates until `total_steps`: update, log, save, evaluate.
 
-    Metrics are fetched while the next update is already queued, so the devices never wait.
+    Metrics are fetched while the next update is already queued, so the devices never wait. A state
+    is saved before it is evaluated, so that an evaluation can be left at any time.
 
     Raises:
-      Interrupted: on SIGINT or SIGTERM, at the next update and after saving.
-      UserError: after `config.train.max_skipped` non-finite updates in a row.
+      Interrupted: when asked to stop, at the next update and after saving.
+      UserError: after `config.train.max_skipped` non-finite updates in a row, or too many saves
+        that failed.
     """
     cadence = config.train
-    eval_step = evaluate.make_eval_step(task, config.seed)
-    stop = _StopRequest(keeper)
     pending = None  # (step, metrics) of the last update, not fetched yet
-    step = int(state.step)
+    step, in_a_row = int(state.step), int(state.skipped_in_a_row)
+    log = partial(_log, task=task, cadence=cadence, writer=writer, saver=saver, screen=screen)
     started = time.perf_counter()
     screen.start(step, total_steps)
     try:
         while step < total_steps:
-            state, values = train_step(state, task.frozen, next(batches))
+            batch = next(batches)
+            state, values = train_step(state, task.frozen, batch)
             step += 1
+            stop.unsaved = True
             if pending is not None:
-                _log(*pending, task.alarms, cadence, writer, screen)
+                in_a_row = log(*pending)
             pending = (step, values)
-            stopping = stop.requested(step)
-            evaluating = step == total_steps or (
-                cadence.eval_every and step % cadence.eval_every == 0
-            )
-            if evaluating or stopping or step % cadence.checkpoint_every == 0:
-                _log(*pending, task.alarms, cadence, writer, screen)
-                pending, scores = None, None
-                try:
-                    if evaluating:
-                        scores = run_evaluation(
-                            task, state, eval_step, split_batches, config, writer
-                        )
-                        screen.evaluated(step, scores)
-                        screen.alarm(step, task.alarms(scores))
-                finally:  # what was learnt is kept, whatever the evaluation ran into
-                    keeper.save(state, scores)
+            stopping, evaluating = stop.requested(), evaluation_due(config, step, total_steps)
+            checkpoint_due = step % cadence.checkpoint_every == 0 or saver.due()
+            # The next update could be one too many: its batch and the state must still be there.
+            if evaluating or stopping or checkpoint_due or in_a_row + 1 >= cadence.max_skipped:
+                in_a_row, pending = log(*pending), None
+            if in_a_row >= cadence.max_skipped:
+                raise UserError(bad_update.keep(folder, config, task, state, batch))
+            if evaluating or stopping or checkpoint_due:
+                saver.save(state)
             if stopping:
-                keeper.wait()
-                raise Interrupted(
-                    f"stopped at update {step} and saved; the same command resumes there"
-                )
-        keeper.wait()
+                raise preemption.Interrupted(stop.sentence())
+            if evaluating:
+                evaluation(state)
+        saver.finish(state)
+    except preemption.Interrupted:
+        saver.finish_now()
+        raise
     finally:
         screen.stop()
         writer.scalars(step, "timing", {"train_seconds": time.perf_counter() - started})
     return state
+
+
+def evaluation_due(config, step: int, total_steps: int) -> bool:
+    """Whether the state after `step` updates is to be evaluated."""
+    every = config.train.eval_every
+    return step == total_steps or (step > 0 and every > 0 and step % every == 0)
 
 
 def run_evaluation(task: Task, state: TrainState, eval_step, split_batches, config, writer) -> dict:
@@ -215,46 +186,29 @@ def run_evaluation(task: Task, state: TrainState, eval_step, split_batches, conf
     return scores
 
 
-def _log(
-    step: int, values, alarms, cadence, writer: metrics.Writer, screen: progress.Screen
-) -> None:
-    """Waits for one update; every `log_every` updates fetches and writes its metrics."""
+def _log(step: int, values, *, task: Task, cadence, writer, saver, screen) -> int:
+    """Waits for one update; every `log_every` updates fetches and writes its metrics.
+
+    Returns the number of updates up to it that were skipped in a row.
+    """
     in_a_row = int(values["skipped_in_a_row"])
     screen.advance(step)
-    if in_a_row >= cadence.max_skipped:
-        raise UserError(
-            f"The last {in_a_row} updates up to {step} were not finite (config.train.max_skipped="
-            f"{cadence.max_skipped}); start in a new --workdir with a lower "
-            "config.optimizer.learning_rate, a longer warm-up or a smaller config.optimizer.clip."
-        )
-    if step % cadence.log_every and step != 1:
-        return
-    numbers = {name: float(value) for name, value in jax.device_get(values).items()}
-    writer.scalars(step, "train", numbers)
-    if rates := screen.rates(step):
-        writer.scalars(step, "timing", rates)
-    screen.show(step, numbers)
-    screen.alarm(step, alarms(numbers))
-
-
-class _StopRequest:
-    """Turns SIGINT and SIGTERM into a question asked after every update, alike on all hosts."""
-
-    def __init__(self, keeper: checkpoint.Keeper):
-        self._keeper = keeper
-        self._signal = None
-        if jax.process_count() == 1:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._remember)
-
-    def _remember(self, number, _frame):
-        self._signal = number
-        signal.signal(number, signal.default_int_handler)  # a second one stops at once
-
-    def requested(self, step: int) -> bool:
-        if jax.process_count() > 1:
-            return self._keeper.reached_preemption(step)
-        return self._signal is not None
+    if step % cadence.log_every == 0 or step == 1:
+        numbers = {name: float(value) for name, value in jax.device_get(values).items()}
+        writer.scalars(step, "train", numbers)
+        if rates := screen.rates(step):
+            writer.scalars(step, "timing", rates)
+        screen.show(step, numbers)
+        alarms = {**saver.alarms(), **writer.alarms()}
+        if in_a_row:
+            alarms["skipped"] = (
+                f"not finite, so the update was skipped, and {int(numbers['skipped'])} of this "
+                f"run's were; {cadence.max_skipped} in a row end it."
+            )
+        else:  # whose numbers exist
+            alarms |= task.alarms(numbers)
+        screen.alarm(step, alarms)
+    return in_a_row
 
 
 def total_steps(config, examples: int) -> int:

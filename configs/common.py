@@ -172,6 +172,7 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 2_500  # updates
     train.keep = 2  # newest checkpoints; the best is kept beside them
     train.max_skipped = 20  # non-finite updates in a row that end the run
+    train.max_failed_saves = 10  # saves in a row, a minute apart, whose failure ends the run
 
     config.eval = evaluation = ConfigDict()
     evaluation.batch_size = 256

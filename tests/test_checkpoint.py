@@ -29,7 +29,9 @@ def save_run(folder, losses):
     keeper = keep(folder)
     for step, loss in enumerate(losses, start=1):
         state = make_state(mesh, float(step))._replace(step=np.int32(step))
-        keeper.save(state, None if loss is None else {"loss": loss})
+        keeper.save(state)
+        if loss is not None:
+            keeper.evaluated(step, {"loss": loss})
     keeper.wait()
     keeper.close()
     (folder / "config.json").write_text('{"task": "mim", "data": {"image_size": [8, 8]}}')
@@ -49,7 +51,8 @@ def test_a_state_is_restored_on_another_layout(tmp_path):
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed
     )
-    state = keep(tmp_path).restore(abstract)
+    state, passed_over = keep(tmp_path).restore(abstract)
+    assert not passed_over
     kernel = state.params["encoder"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     np.testing.assert_array_equal(kernel, np.ones((64, 64)))
@@ -62,7 +65,7 @@ def test_another_stage_reads_the_averaged_weights(tmp_path):
     state = make_state(mesh)._replace(step=np.int32(1))
     doubled = jax.tree.map(lambda x: 2 * x, state.ema_params)
     keeper = keep(tmp_path)
-    keeper.save(state._replace(ema_params=doubled), None)
+    keeper.save(state._replace(ema_params=doubled))
     keeper.close()
     (tmp_path / "config.json").write_text('{"data": {"image_size": [8, 8]}}')
     weights = checkpoint.load_weights(str(tmp_path), "config.init.path")
@@ -84,7 +87,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 def test_an_unknown_best_metric_is_refused(tmp_path):
     with pytest.raises(UserError, match="config.eval.best='loss' is not among .*accuracy"):
-        keep(tmp_path).save(make_state(sharding.make_mesh(1)), {"accuracy": 1.0})
+        keep(tmp_path).evaluated(1, {"accuracy": 1.0})
 
 
 def test_a_frozen_copy_is_read_back_and_checked(tmp_path):

@@ -15,18 +15,22 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "beit_jax"
 # From the ground up. A room imports rooms of lower floors and, if it is a folder, its own files.
 FLOORS = [
-    {"errors"},
+    {"durable", "errors"},
     {
         "augment",
         "command_line",
+        "damage",
         "distributed",
         "limits",
+        "lock",
         "losses",
         "masking",
         "metrics",
         "models",
         "photometric",
+        "preemption",
         "resize",
+        "retention",
         "windows",
     },
     {
@@ -39,8 +43,9 @@ FLOORS = [
         "sharding",
         "stored_config",
     },
-    {"checkpoint", "class_names", "interop", "knn", "task"},
-    {"frozen"},
+    {"checkpoint", "class_names", "interop", "knn", "reading", "same_data", "task"},
+    {"frozen", "gradients", "saving"},
+    {"bad_update"},
     {"evaluate", "features", "teacher", "tokenizer", "warm_start"},
     {"feature_scores"},
     {"tasks", "train"},  # neither knows the other

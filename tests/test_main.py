@@ -78,7 +78,7 @@ def test_the_chain_of_three_commands(tmp_path):
     other = (flag for flag in TINY if "model.width" not in flag)
     changed = refusal(*stages["mim"], *other, f"--workdir={tmp_path / 'mim'}",
                       "--config.model.width=64")  # fmt: skip
-    assert "was started with config.model.width=32, now it is 64" in changed
+    assert "has changed since it was started, config.model.width from 32 to 64, " in changed
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_a_non_finite_update_is_skipped_and_counted():
     assert float(state.model_state["rows"]) == 0.0
     assert int(state.step) == 1
     assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == 1
+    assert np.isnan(metrics["loss"]) and np.isnan(metrics["draw"])  # null in the file: no number
 
 
 def test_a_batch_that_weighs_nothing_is_an_update_of_zero_gradients():

@@ -219,7 +219,7 @@ def test_a_run_starts_on_twice_the_image_size(tmp_path):
     params = trained(source).params
     store_config(tmp_path / "mim", source)
     saving = tiny.keeper(tmp_path / "mim")
-    saving.save(train.create_state(params, {}, optax.sgd(1.0), ema=False), None)
+    saving.save(train.create_state(params, {}, optax.sgd(1.0), ema=False))
     saving.close()
 
     target = config(size=(16, 16), init__path=str(tmp_path / "mim"))

@@ -97,7 +97,7 @@ def random_tokenizer(folder: Path, **changes) -> Path:
     tree = config("dvae", **changes)
     store_config(folder, tree)
     saving = keeper(folder)
-    saving.save(fresh_state(run(tree, folder, jax.devices()[:1])), None)
+    saving.save(fresh_state(run(tree, folder, jax.devices()[:1])))
     saving.close()
     return folder
 

@@ -25,7 +25,7 @@ def measure(config: ConfigDict, folder: Path, options: argparse.Namespace) -> di
     with contextlib.closing(keeper):
         for _ in range(options.repeats):
             started = time.perf_counter()
-            keeper.save(training.state, None)
+            keeper.save(training.state)
             still.append(time.perf_counter() - started)
             slowed += timing.in_turns({"step": training}, 1)["step"]
             keeper.wait()
