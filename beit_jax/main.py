@@ -6,6 +6,7 @@ python -m beit_jax.main --config=configs/mim_base.py --config.data.source=folder
 import argparse
 import math
 import sys
+from asyncio.log import logger as asyncio_logger
 from pathlib import Path
 
 import jax
@@ -167,8 +168,10 @@ def _with_config(argv: list[str]) -> list[str]:
 
 def command() -> None:
     """The command line: exit status 0, 1 for a problem that the user can mend, or a traceback."""
-    # Orbax reports every step of every save; what a person must know raises.
+    # Orbax reports every step of every save; what a person must know raises. Of a save that fails
+    # asyncio would report every array.
     logging.set_verbosity(logging.ERROR)
+    asyncio_logger.setLevel("CRITICAL")
     try:
         app.run(main, flags_parser=parse)
     except UserError as error:

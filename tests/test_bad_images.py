@@ -36,9 +36,10 @@ def photos(tmp_path_factory):
     """1 % of the images are broken, and some are odd but good."""
     folder = tmp_path_factory.mktemp("photos")
     random = np.random.default_rng(0)
+    (folder / "good").mkdir()
     for number in range(GOOD):
-        (folder / "good").mkdir(exist_ok=True)
-        cv2.imwrite(str(folder / "good" / f"{number}.png"), random.integers(0, 256, (8, 8), np.uint8))
+        pixels = random.integers(0, 256, (8, 8), np.uint8)
+        cv2.imwrite(str(folder / "good" / f"{number}.png"), pixels)
     whole = cv2.imencode(".jpg", random.integers(0, 256, (40, 40, 3), np.uint8))[1].tobytes()
     exif = b"\xff\xe1\x00\x10Exif\0\0" + bytes(8)
     files = {

@@ -17,7 +17,7 @@ import pytest
 import tiny
 from fake_machine import ROOT
 
-from beit_jax import distributed, metrics
+from beit_jax import distributed, metrics, preemption
 from beit_jax.errors import UserError
 
 STEPS, SAVED = 40, 5
@@ -141,6 +141,23 @@ def test_a_run_survives_its_processes(recipe, whole, tmp_path):
     for a, b in zip(expected, found, strict=True):
         for name in a.keys() - {"split"}:
             np.testing.assert_allclose(b[name], a[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_one_that_is_asked_to_stop_stops_all_alike(recipe, whole, tmp_path):
+    """In an evaluation, where JAX itself would not ask."""
+    slow = recipe.copy_and_resolve_references()
+    slow.train.eval_every, slow.eval.batch_size = SAVED, 2
+    tiny.store_config(tmp_path, slow)
+    two = [process(f"--workdir={tmp_path}", *flags) for flags in joined(2)]
+    wait_for_update(tmp_path, SAVED, two)
+    two[1].terminate()
+    for each, output in zip(two, ended(two), strict=True):
+        assert each.returncode == preemption.STATUS, output
+        assert f"stopped at update {SAVED}, which is saved" in output.strip().splitlines()[-1]
+    assert values(tmp_path)[-1]["split"] == "train"
+    to_the_end(slow, tmp_path)
+    evaluated = [line["step"] for line in values(tmp_path) if line["split"] == "validation"]
+    assert evaluated == [*range(SAVED, STEPS + 1, SAVED)]
 
 
 def test_a_mistake_on_one_machine_ends_the_others(recipe, tmp_path):
