@@ -76,6 +76,10 @@ class Writer:
             "numbers wait in memory, pictures are lost."
         }
 
+    def lines(self) -> list[dict]:
+        """What has been written so far; nothing on processes that do not write."""
+        return read(self._run) if self._active else []
+
     def close(self) -> None:
         if self._active:
             self._lines.close()
@@ -90,9 +94,14 @@ def drop_beyond(path: Path, step: int) -> None:
 
 
 def read(run: Path) -> list[dict]:
-    """All lines of a run's metrics.jsonl but one that is cut short: a crash, or still written."""
+    """All lines of a run's metrics.jsonl."""
+    return read_lines(run / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file, one a line, but one that is cut short: a crash, or still written."""
     lines = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:

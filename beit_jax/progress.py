@@ -1,11 +1,16 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines in a log file."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from beit_jax import health
+
+TIMED = 20  # updates after the first that the run's time is estimated from
+Batch = Values = Mapping[str, jax.Array]
 
 
 class Screen:
@@ -25,6 +30,7 @@ class Screen:
             disable=not self._console.is_terminal,
         )
         self._mark = None  # (step, seconds) after the last logged update
+        self._waited = 0.0  # seconds since then in which the devices had run dry
         self._alarms = frozenset()  # names of those that stand
 
     def say(self, text: str) -> None:
@@ -43,17 +49,42 @@ class Screen:
         """Called when update `step` has finished on the devices."""
         if step == self._first:
             self.say(f"compiled and made the first update in {self._elapsed():.1f} s")
-            self._mark = (step, time.perf_counter())
+            self._mark = self._timed = (step, time.perf_counter())
+            self._waited = 0.0
+        if step == self._timed[0] + TIMED and step < self._total:
+            seconds = (time.perf_counter() - self._timed[1]) / TIMED
+            left = _duration(seconds * (self._total - step))
+            self.say(f"{seconds:.3g} s an update: about {left} left, evaluations aside")
         self._bar.update(self._row, completed=step)
 
+    def next_batch(self, batches: Iterator[Batch], queued: Values | None) -> Batch:
+        """The next batch, timed: `queued` is what the last update will give, None if it was read.
+
+        Reading goes on beside the devices' work, so that waiting costs something only where they
+        have finished all of it by the time that the batch comes.
+        """
+        started = time.perf_counter()
+        batch = next(batches)
+        if queued is not None and all(value.is_ready() for value in queued.values()):
+            self._waited += time.perf_counter() - started
+        return batch
+
     def rates(self, step: int) -> dict[str, float]:
-        """Seconds per update and images per second since the last call; empty the first time."""
+        """What an update takes since the last call, and the share of it spent waiting for data.
+
+        The share is the most that reading faster can gain. Empty the first time.
+        """
         now = time.perf_counter()
         if self._mark is None or step == self._mark[0]:
             return {}
         seconds = (now - self._mark[1]) / (step - self._mark[0])
-        self._mark = (step, now)
-        self._rates = {"step_seconds": seconds, "images_per_second": self._batch_size / seconds}
+        share = self._waited / (now - self._mark[1])
+        self._mark, self._waited = (step, now), 0.0
+        self._rates = {
+            "step_seconds": seconds,
+            "images_per_second": self._batch_size / seconds,
+            "data_wait_share": share,
+        }
         return self._rates
 
     def show(self, step: int, numbers: dict[str, float]) -> None:
@@ -75,8 +106,9 @@ class Screen:
 
     def evaluated(self, step: int, scores: dict[str, float]) -> None:
         """Shows an evaluation; of a group of numbers, group/name, the files have the details."""
-        if self._mark is not None:
-            self._mark = (step, time.perf_counter())  # evaluating is no part of the training rate
+        if self._mark is not None:  # evaluating is no part of the training rate
+            self._mark, self._waited = (step, time.perf_counter()), 0.0
+            self._timed = self._mark if step < self._timed[0] + TIMED else self._timed
         self.say(
             f"evaluation at update {step}: "
             + "  ".join(f"{name} {value:.4g}" for name, value in scores.items() if "/" not in name)
@@ -91,6 +123,17 @@ class Screen:
             if name not in self._alarms:
                 self.say(f"ALARM at update {step}: {sentence}")
         self._alarms = frozenset(sentences)
+
+    def judged(self, step: int, verdicts: Sequence[health.Verdict]) -> None:
+        """Shows how the run is doing: what is wrong at any evaluation, that nothing is at the end.
+
+        `step` is the update of the evaluation.
+        """
+        for verdict in verdicts:
+            if verdict.kind not in health.FINE:
+                self.say(f"ALARM at update {step}: {verdict}")
+            elif step == self._total:
+                self.say(f"health: {verdict}")
 
     def stop(self) -> None:
         self._bar.stop()

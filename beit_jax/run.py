@@ -14,6 +14,7 @@ from beit_jax import (
     class_names,
     evaluate,
     frozen,
+    health,
     lock,
     metrics,
     optimizer,
@@ -122,6 +123,7 @@ class Run:
             )
             screen.evaluated(int(state.step), scores)
             screen.alarm(int(state.step), self.task.alarms(scores))
+            screen.judged(int(state.step), self._judge(scores, writer.lines()))
             keeper.evaluated(int(state.step), scores)
 
         if mode == "eval":
@@ -150,6 +152,12 @@ class Run:
                 writer=writer,
                 screen=screen,
             )
+
+    def _judge(self, scores: dict, lines: list[dict]) -> list[health.Verdict]:
+        """How the run is doing; of a codebook the task's own alarm says more."""
+        found = health.judge(self.config.to_dict(), lines, len(self.task.class_names))
+        told = bool(self.task.alarms(scores))
+        return [v for v in found if not (told and v.kind == health.COLLAPSED)]
 
     def _was_evaluated(self, step: int) -> bool:
         """Whether metrics.jsonl has the evaluation of an update; all processes answer alike."""

@@ -130,7 +130,7 @@ def train(
     screen.start(step, total_steps)
     try:
         while step < total_steps:
-            batch = next(batches)
+            batch = screen.next_batch(batches, pending and pending[1])
             state, values = train_step(state, task.frozen, batch)
             step += 1
             stop.unsaved = True
@@ -156,7 +156,8 @@ def train(
         raise
     finally:
         screen.stop()
-        writer.scalars(step, "timing", {"train_seconds": time.perf_counter() - started})
+        seconds = time.perf_counter() - started
+        writer.scalars(step, "timing", {"train_seconds": seconds, "devices": jax.device_count()})
     return state
 
 

@@ -15,12 +15,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "beit_jax"
 # From the ground up. A room imports rooms of lower floors and, if it is a folder, its own files.
 FLOORS = [
-    {"durable", "errors"},
+    {"durable", "errors", "references"},
     {
         "augment",
         "command_line",
         "damage",
         "distributed",
+        "health",
         "limits",
         "lock",
         "losses",

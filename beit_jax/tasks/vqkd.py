@@ -12,10 +12,9 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from beit_jax import checkpoint, teacher
+from beit_jax import checkpoint, health, teacher
 from beit_jax.architecture import images_of, make_vqkd, patch_grid
 from beit_jax.augment import color_jitter, to_unit
 from beit_jax.checkpoint import HISTORY
@@ -144,14 +143,10 @@ class Distillation(NamedTuple):
     def alarms(self, values: Mapping[str, float]) -> dict[str, str]:
         """Says when too few codes are chosen, lately in training or by a whole evaluation."""
         vqkd = self.config.vqkd
-        if "recent_usage" in values:
-            usage, expected = values["recent_usage"], 1.0
-            where = f"in the last {vqkd.dead_after} updates"
-        else:  # a small split cannot choose all codes
-            usage, expected = values["usage"], 1 - np.exp(-values["vectors_per_code"])
-            where = "by the evaluation"
-        if usage >= vqkd.alarm_usage * expected:
+        short = health.short_of_codes(values, vqkd.alarm_usage, vqkd.dead_after)
+        if short is None:
             return {}
+        usage, where = short
         again = "give this command again with --config.vqkd.restart_dead=True, or "
         first = "" if vqkd.restart_dead else again
         others = ["fewer config.vqkd.codes", "a lower config.optimizer.learning_rate"]
