@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from beit_jax import (
     checkpoint,
     class_names,
+    environment,
     evaluate,
     frozen,
     health,
@@ -114,6 +115,9 @@ class Run:
             f"data: {self.source.description}\n"
             + f"{self.steps} updates of {config.train.batch_size} images; " * (mode == "train")
             + origin
+        )
+        environment.note(
+            self.folder, mode, step, parameters=sum(x.size for x in jax.tree.leaves(state.params))
         )
         eval_step = evaluate.make_eval_step(self.task, config.seed)
 
@@ -261,7 +265,7 @@ class Run:
 def with_optimizer(task: Task, config, steps: int, examples: int):
     """The optax chain, and the task with its schedules logged."""
     c = config.optimizer
-    warmup = c.warmup_steps or round(c.warmup_epochs * examples / config.train.batch_size)
+    warmup = warmup_updates(config, examples)
     peak = optimizer.scaled_learning_rate(
         c.learning_rate, reference_batch=c.reference_batch, batch_size=config.train.batch_size
     )
@@ -285,6 +289,12 @@ def with_optimizer(task: Task, config, steps: int, examples: int):
         chain = optax.chain(chain, own)
     logged = {"lr": schedule, "weight_decay": lambda _: jax.numpy.float32(c.weight_decay)}
     return task._replace(schedules={**task.schedules, **logged}), chain
+
+
+def warmup_updates(config, examples: int) -> int:
+    """Updates until the learning rate's peak."""
+    c = config.optimizer
+    return c.warmup_steps or round(c.warmup_epochs * examples / config.train.batch_size)
 
 
 def store_config(run: Path, config: ConfigDict) -> None:

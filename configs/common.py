@@ -184,6 +184,7 @@ def get_config() -> ConfigDict:
     evaluation.blocks = ()  # blocks whose features these two score, 0 the first; (): all
     evaluation.select_split = "validation"  # where these two choose block, pooling and k
     evaluation.pixels = False  # score raw pixels beside the features; for small images
+    evaluation.attention = ()  # heads of the last block whose attention is drawn; (): none
 
     config.mesh = mesh = ConfigDict()
     mesh.fsdp = 1  # devices that share one copy of the parameters; the rest is data-parallel

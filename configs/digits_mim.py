@@ -22,4 +22,5 @@ def get_config():
     config.eval.knn = (10,)
     config.eval.probe = True
     config.eval.pixels = True
+    config.eval.attention = (0, 1)
     return config

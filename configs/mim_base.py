@@ -29,4 +29,5 @@ def get_config():
     config.model.drop_path = 0.1
     config.tokenizer.path = "runs/dvae"
     config.train.eval_every = 12_500
+    config.eval.attention = (0, 3, 6)
     return config

@@ -37,6 +37,7 @@ FLOORS = [
     {
         "architecture",
         "data",
+        "environment",
         "logistic",
         "optimizer",
         "pictures",
@@ -44,7 +45,7 @@ FLOORS = [
         "sharding",
         "stored_config",
     },
-    {"checkpoint", "class_names", "interop", "knn", "reading", "same_data", "task"},
+    {"attention", "checkpoint", "class_names", "interop", "knn", "reading", "same_data", "task"},
     {"frozen", "gradients", "saving"},
     {"bad_update"},
     {"evaluate", "features", "teacher", "tokenizer", "warm_start"},

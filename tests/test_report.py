@@ -5,7 +5,10 @@ import os
 
 import pytest
 
-from beit_jax import report
+from beit_jax.report import tables
+from beit_jax.report.__main__ import main
+from beit_jax.report.page import page
+from beit_jax.report.runs import read_run
 
 
 def write_run(folder, task, lines, **config):
@@ -60,7 +63,7 @@ def runs(tmp_path):
 
 
 def test_tables(runs):
-    stages, features, labels = report.make_tables([report.read_run(run) for run in runs])
+    stages, features, labels = tables.make_tables([read_run(run) for run in runs])
     assert stages.rows[0][2:5] == ("9", "61 s", "validation")
     assert "codes used 75%" in stages.rows[0][5]
     assert "loss 2.000, masked-token accuracy 25.0%" in stages.rows[1][5]
@@ -69,12 +72,18 @@ def test_tables(runs):
         ("raw pixels", "98.0%", "-"),
     ]
     assert labels.rows == [("5", "50.0%", "70.0% ± 14.1 (2 runs)")]
+    assert tables.verdicts([read_run(runs[0])]).rows[0] == (
+        "dvae",
+        "too early to say",
+        "no update was made",
+        "",
+    )
 
 
 def test_runs_of_one_name_are_averaged(runs, tmp_path):
-    again = [report.read_run(run) for run in runs if run.endswith("mim")]
+    again = [read_run(run) for run in runs if run.endswith("mim")]
     other = again[0]._replace(lines=[{**again[0].lines[-1], "knn": 0.8}])
-    table = report.features([*again, other])
+    table = tables.features([*again, other])
     assert table.rows[0] == ("encoder, pre-trained (mim)", "85.0% ± 7.1 (2 runs)", "-")
     assert table.rows[1:] == [("raw pixels", "98.0%", "-")]
 
@@ -85,22 +94,22 @@ def test_the_newest_picture_of_each_name_is_shown(runs, tmp_path):
         picture = tmp_path / "dvae" / "pictures" / f"{name}.png"
         picture.write_bytes(name.encode())
         os.utime(picture, (number, number))
-    run = report.read_run(runs[0])
+    run = read_run(runs[0])
     assert {name: path.stem for name, path in run.pictures.items()} == {
         "reconstruction": "reconstruction_9", "codes": "codes_9"
     }  # fmt: skip
-    text = report.page([run], [])
-    assert text.count("<img") == 2 and "by way of their tokens" in text
+    text = page([run], [])
+    assert text.count("<img") == 2 and "by way of its tokens" in text
 
 
 def test_the_command_writes_one_page(runs, tmp_path, capsys):
-    page = tmp_path / "report.html"
-    assert report.main([*runs, f"--output={page}"]) == 0
+    written = tmp_path / "report.html"
+    assert main([*runs, f"--output={written}"]) == 0
     assert "from pre-training" in capsys.readouterr().out
-    text = page.read_text()
+    text = written.read_text()
     assert "70.0% ± 14.1" in text and "<img" not in text
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 1
     assert "is no run" in capsys.readouterr().err

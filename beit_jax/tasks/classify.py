@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from beit_jax import class_names, losses
+from beit_jax import attention, class_names, losses
 from beit_jax.architecture import images_of, make_classifier
 from beit_jax.augment import color_jitter, erase, mix, normalize, to_unit
 from beit_jax.data.pipeline import View
@@ -113,6 +113,7 @@ def build(config, source: Source, run: Path) -> Task:
         finalize=mean_of_sums,
         frozen={},
         predict=parts.predict,
+        evaluators={"attention": attention.make_evaluator(config)} if config.eval.attention else {},
         class_names=names,
         answers=Answers(
             lambda probabilities: likeliest(probabilities, names),

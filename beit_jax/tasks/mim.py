@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from beit_jax import feature_scores, masking
+from beit_jax import attention, feature_scores, masking
 from beit_jax.architecture import images_of, make_masked_image_model
 from beit_jax.augment import color_jitter, normalize, to_unit
 from beit_jax.data.pipeline import View
@@ -84,18 +84,29 @@ class Pretraining(NamedTuple):
         """Masked images, and the target's pictures of the true labels and of predicted ones."""
         params, _, frozen = weights
         views = self.views(batch)
-        masked = self.masked_indices(row_keys(self.config.seed, 0, batch["index"]))
+        masked = self.held_out_indices(batch)
         labels = self.target.labels(frozen, views)
         rows = jnp.arange(len(labels))[:, None]
         guessed = self.target.guess(self.heads(params, views["image"], masked)[0])
-        hidden = jnp.zeros(labels.shape[:2]).at[rows, masked].set(1.0).reshape(-1, *self.grid)
-        patch = self.config.model.patch_size
-        hidden = hidden.repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
         true, predicted = (
             self.target.pictures(frozen, found)
             for found in (labels, labels.at[rows, masked].set(guessed))
         )
-        return views["image"] * (1 - hidden) + 0.5 * hidden, true, predicted
+        return self.masked(weights, batch), true, predicted
+
+    def masked(self, weights: Weights, batch):
+        """Images [B, H, W, ch] in [0, 1] as the encoder sees them: masked patches are grey."""
+        del weights
+        images, masked = to_unit(batch["image"]), self.held_out_indices(batch)
+        rows, patch = jnp.arange(len(images))[:, None], self.config.model.patch_size
+        hidden = jnp.zeros((len(images), self.grid[0] * self.grid[1])).at[rows, masked].set(1.0)
+        hidden = hidden.reshape(-1, *self.grid)
+        hidden = hidden.repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
+        return images * (1 - hidden) + 0.5 * hidden
+
+    def held_out_indices(self, batch):
+        """The masked patches int32 [B, M] of an evaluation's batch, for ever the same."""
+        return self.masked_indices(row_keys(self.config.seed, 0, batch["index"]))
 
     @jax.named_scope("masking")
     def masked_indices(self, keys):
@@ -158,9 +169,9 @@ def assemble(config, source: Source, target: Tokens | Pixels, copies) -> Task:
     )
     model = make_masked_image_model(config, target.outputs)
     parts = Pretraining(model, target, grid, num_masked, config)
-    evaluators = {}
-    if target.pictures is not None:
-        evaluators["reconstruction"] = _picture_evaluator(parts.predict, config)
+    evaluators = {"pictures": _picture_evaluator(parts, config)}
+    if config.eval.attention:
+        evaluators["attention"] = attention.make_evaluator(config)
     if config.eval.knn or config.eval.probe:
         evaluators["features"] = feature_scores.make_evaluator(config, source)
     return Task(
@@ -205,14 +216,19 @@ def _target(config, grid: tuple[int, int], run: Path):
     return Tokens(tokenizer, grid), copies
 
 
-def _picture_evaluator(predict, config):
-    """Rows: original, masked, pictures of the true labels, those with the predicted ones."""
-    draw = jax.jit(predict)
+def _picture_evaluator(parts: Pretraining, config):
+    """Rows: original, masked, pictures of the true labels, those with the predicted ones.
+
+    The latter two only where the target can be drawn.
+    """
+    draw = jax.jit(parts.predict if parts.target.pictures else parts.masked)
 
     def evaluator(weights, batches):
         batch = next(batches(config.data.eval_split))
-        masked, true, predicted = draw(weights, batch)
         images = to_unit(batch["image"])
+        if not parts.target.pictures:
+            return {}, {"masks": picture_rows(images, draw(weights, batch))}
+        masked, true, predicted = draw(weights, batch)
         if true.shape != images.shape:
             true, predicted = (
                 jax.image.resize(x, images.shape, "linear") for x in (true, predicted)

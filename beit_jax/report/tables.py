@@ -1,22 +1,13 @@
-"""Tables and pictures of runs, side by side: on the terminal, and as one self-contained page.
+"""Tables of runs, side by side."""
 
-python -m beit_jax.report runs/digits_dvae runs/digits_mim --output=report.html
-"""
-
-import base64
-import html
-import json
 import statistics
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from beit_jax import command_line, metrics
-from beit_jax.errors import UserError
-from beit_jax.stored_config import read_config
+from beit_jax.report.runs import Run
 
 # What a stage is judged by: metric, name for a person, format.
 RESULTS = {
@@ -55,60 +46,11 @@ RESULTS = {
     ),
 }
 
-# What the rows of a picture are, by its name and the run's task.
-ROWS = {
-    ("reconstruction", "dvae"): "held-out images, and what became of them by way of their tokens",
-    ("reconstruction", "pixel_decoder"): "held-out images, and their tokens decoded",
-    (
-        "reconstruction",
-        "mim",
-    ): "held-out images, masked, decoded from their own tokens, and decoded "
-    "with the masked tokens predicted",
-    ("codes", "vqkd"): "the commonest codes: where in images each stands (white: most often), and "
-    "patches that get it, amid their neighbours",
-}
-ROWS["codes", "pixel_decoder"] = ROWS["codes", "vqkd"]
-
-
-class Run(NamedTuple):
-    """What a run's folder says."""
-
-    name: str
-    config: dict
-    lines: list[dict]
-    pictures: dict[str, Path]  # the newest of each name
-
-    def last(self, split: str | None = None) -> dict:
-        """The last evaluation, of `split` where given; empty if there is none."""
-        splits = {split} if split else {line["split"] for line in self.lines} - {"train", "timing"}
-        return next((line for line in reversed(self.lines) if line["split"] in splits), {})
-
-    @property
-    def updates(self) -> int:
-        return max((line["step"] for line in self.lines), default=0)
-
-    @property
-    def seconds(self) -> float:
-        """Time in training and evaluation, compilation included."""
-        timings = [line for line in self.lines if line["split"] == "timing"]
-        trained = sum(line.get("train_seconds", 0) for line in timings)
-        return trained or sum(line.get("eval_seconds", 0) for line in timings)
-
 
 class Table(NamedTuple):
     title: str
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
-
-
-def read_run(folder: str) -> Run:
-    """Reads a run's folder; UserError if it is none."""
-    path = Path(folder)
-    if not (path / "config.json").is_file() or not (path / "metrics.jsonl").is_file():
-        raise UserError(f"{folder} is no run: config.json or metrics.jsonl is missing in it.")
-    pictures = sorted((path / "pictures").glob("*.png"), key=lambda p: p.stat().st_mtime)
-    newest = {picture.stem.rpartition("_")[0]: picture for picture in pictures}
-    return Run(path.name, read_config(path), metrics.read(path), newest)
 
 
 def make_tables(runs: list[Run]) -> list[Table]:
@@ -192,6 +134,12 @@ def few_labels(runs: list[Run]) -> Table:
     return Table("Fine-tuning, accuracy", header, rows)
 
 
+def verdicts(runs: list[Run]) -> Table:
+    """How each run is doing, by what, and what to try."""
+    rows = [(run.name, *verdict) for run in runs for verdict in run.health]
+    return Table("Health", ("run", "verdict", "evidence", "what to try"), rows)
+
+
 def _spread(values: list[float]) -> str:
     if not values:
         return "-"
@@ -213,58 +161,3 @@ def print_tables(tables: list[Table]) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
-
-
-def page(runs: list[Run], tables: list[Table]) -> str:
-    """One HTML page that needs no other file."""
-    parts = [
-        "<!doctype html><meta charset=utf-8><title>beit_jax report</title>",
-        "<style>body{font:15px system-ui;margin:2em auto;max-width:70em;padding:0 1em}"
-        "table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;text-align:left;"
-        "border-bottom:1px solid #ccc}td:nth-child(4){white-space:nowrap}img{max-width:100%}"
-        "pre{background:#f4f4f4;padding:1em;overflow:auto}</style><h1>beit_jax report</h1>",
-    ]
-    for table in tables:
-        rows = "".join(_row(row, "td") for row in table.rows)
-        parts.append(f"<h2>{html.escape(table.title)}</h2>")
-        parts.append(f"<table>{_row(table.header, 'th')}{rows}</table>")
-    for run in runs:
-        parts.append(f"<h2>{html.escape(run.name)}</h2>")
-        for name, picture in run.pictures.items():
-            data = base64.b64encode(picture.read_bytes()).decode()
-            rows = ROWS.get((name, run.config["task"]))
-            about = f"Rows: {rows}." if rows else name
-            parts.append(f"<p>{about}</p><img alt='{about}' src='data:image/png;base64,{data}'>")
-        config = html.escape(json.dumps(run.config, indent=2))
-        parts.append(f"<details><summary>config</summary><pre>{config}</pre></details>")
-    return "\n".join(parts)
-
-
-def _row(cells: tuple[str, ...], tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    parser, _ = command_line.make_parser("beit_jax.report", *__doc__.split("\n", 1))
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument("--output", metavar="FILE", help="also write a page, such as report.html")
-
-    def command() -> int:
-        args = parser.parse_args(argv)
-        runs = [read_run(folder) for folder in args.runs]
-        tables = make_tables(runs)
-        print_tables(tables)
-        if args.output:
-            try:
-                Path(args.output).write_text(page(runs, tables))
-            except OSError as error:
-                raise UserError(f"--output={args.output}: {error.strerror}") from error
-            print(f"wrote {args.output}")
-        return 0
-
-    return command_line.run("beit_jax.report", command, "nothing was written.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Attention maps are what the network attends to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from beit_jax import attention
+from beit_jax.architecture import make_encoder
+from beit_jax.augment import normalize
+from beit_jax.errors import UserError
+from beit_jax.task import Weights
+
+
+@pytest.mark.parametrize(
+    ("positions", "qkv_bias"),
+    [("absolute", "qv"), ("shared_relative", "qkv"), ("relative", "none"), ("relative", "qv")],
+)
+def test_maps_are_the_last_blocks_attention(positions, qkv_bias, monkeypatch):
+    tree = tiny.config("mim", model__positions=positions, model__qkv_bias=qkv_bias)
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    encoder = make_encoder(tree)
+    pixels = normalize(images, tree.model.mean, tree.model.std)
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), pixels)["params"]
+    random = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: random.normal(0, 0.5, x.shape).astype(x.dtype), shapes)
+
+    found = jax.jit(attention.make_maps(tree))(params, jnp.asarray(images))
+    softmax, seen = jax.nn.softmax, []
+    monkeypatch.setattr(
+        jax.nn, "softmax", lambda *a, **k: seen.append(softmax(*a, **k)) or seen[-1]
+    )
+    last = jax.jit(lambda params: (encoder.apply({"params": params}, pixels), seen[-1])[1])(params)
+    assert len(seen) == tree.model.depth
+    expected = np.asarray(last)[:, :, 1:, 1:].mean(2).reshape(3, 2, 4, 4)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert found.std() > 1e-3  # the heads look at something
+
+
+def test_a_row_of_the_picture_is_a_head():
+    tree = tiny.config("mim", eval__attention=(1,))
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+    encoder = make_encoder(tree)
+    pixels = normalize(images, (0.5,), (0.5,))
+    params = jax.jit(encoder.init)(jax.random.key(0), pixels)["params"]
+    batches = {"validation": [{"image": jnp.asarray(images)}]}
+    evaluator = attention.make_evaluator(tree)
+    numbers, pictures = evaluator(
+        Weights({"encoder": params}, {}, {}), lambda split: iter(batches[split])
+    )
+    assert numbers == {} and list(pictures) == ["attention"]
+    picture = pictures["attention"]
+    assert picture.shape == (2 * 66, 8 * 66, 3)  # the images, and one head
+    heads = picture[66:130].reshape(64, 8, 66, 3)[:, :, :64]
+    assert (heads.max((0, 2, 3)) == 255).all()  # each image's brightest patch
+
+
+def test_a_head_that_is_not_there():
+    with pytest.raises(UserError, match=r"config.eval.attention=\(0, 2\).* it has 2"):
+        attention.make_evaluator(tiny.config("mim", eval__attention=(0, 2)))
