@@ -19,6 +19,7 @@ from beit_jax import (
     lock,
     metrics,
     optimizer,
+    plan,
     preemption,
     progress,
     reading,
@@ -112,13 +113,12 @@ class Run:
         screen = progress.Screen(config.train.batch_size)
         screen.say(
             f"{config.task} in {self.folder} on {self.mesh.size} {jax.default_backend()} devices\n"
-            f"data: {self.source.description}\n"
-            + f"{self.steps} updates of {config.train.batch_size} images; " * (mode == "train")
-            + origin
+            f"data: {self.source.description}"
         )
-        environment.note(
-            self.folder, mode, step, parameters=sum(x.size for x in jax.tree.leaves(state.params))
-        )
+        if mode == "train":
+            screen.say(self._plan(state))
+        screen.say(origin)
+        environment.note(self.folder, mode, step, parameters=plan.numbers(state.params))
         eval_step = evaluate.make_eval_step(self.task, config.seed)
 
         def evaluation(state) -> None:
@@ -156,6 +156,17 @@ class Run:
                 writer=writer,
                 screen=screen,
             )
+
+    def _plan(self, state: train.TrainState) -> str:
+        return plan.describe(
+            self.config,
+            self.mesh,
+            steps=self.steps,
+            examples=len(self.source),
+            warmup=warmup_updates(self.config, len(self.source)),
+            state=state,
+            frozen=self.task.frozen,
+        )
 
     def _judge(self, scores: dict, lines: list[dict]) -> list[health.Verdict]:
         """How the run is doing; of a codebook the task's own alarm says more."""
