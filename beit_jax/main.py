@@ -42,7 +42,7 @@ STORED_CONFIG = str(Path(stored_config.__file__))
 CHANGEABLE = (
     "train.steps", "train.epochs", "train.accumulate", "train.log_every", "train.eval_every",
     "train.checkpoint_every", "train.keep", "train.max_skipped", "train.max_failed_saves", "eval",
-    "mesh", "data.data_dir", "data.source", "data.workers", "data.max_bad_share",
+    "log", "mesh", "data.data_dir", "data.source", "data.workers", "data.max_bad_share",
     "data.eval_split", "model.remat", "tokenizer.path", "teacher.path", "vqkd.alarm_usage",
     "vqkd.restart_dead", "data.predict_split",
 )  # fmt: skip

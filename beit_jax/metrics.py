@@ -8,8 +8,10 @@ else is identical between a run and its resumed twin.
 import json
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,12 +24,13 @@ from beit_jax import durable
 class Writer:
     """Writes the numbers and pictures of one run."""
 
-    def __init__(self, run: Path, resume_at: int | None):
-        """Opens `run`.
+    def __init__(self, run: Path, resume_at: int | None, trackers: Sequence = ()):
+        """Opens `run`; `trackers` are others that want to know, see trackers.py.
 
         Training that goes on at update `resume_at` drops what an earlier attempt wrote beyond it;
         None only adds to what is there, for a run that may still be training elsewhere.
         """
+        self._trackers = list(trackers)
         self._active = jax.process_index() == 0
         self._lost_picture = ""  # why one could not be written
         if self._active:
@@ -46,6 +49,8 @@ class Writer:
         for name, value in numbers.items():
             if value is not None:
                 self._curves.add(summary.scalar(f"{split}/{name}", value), step)
+        exist = {name: value for name, value in numbers.items() if value is not None}
+        self._tell(lambda tracker: tracker.scalars(step, split, exist))
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Writes uint8 [H, W, 3] pictures to TensorBoard and to pictures/<name>_<step>.png."""
@@ -59,6 +64,8 @@ class Writer:
                 Image.fromarray(picture).save(path)
             except OSError as error:
                 self._lost_picture = f"{path} cannot be written ({error})"
+            else:
+                self._tell(lambda tracker, name=name, path=path: tracker.picture(step, name, path))
 
     def flush(self) -> None:
         """Returns when all numbers are on disk; raises OSError where they cannot be written."""
@@ -84,6 +91,20 @@ class Writer:
         if self._active:
             self._lines.close()
             self._curves.close()
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, say: Callable[[Any], None]) -> None:
+        """Tells all trackers; one that fails costs its own curves from here on, and not the run."""
+        for tracker in list(self._trackers):
+            try:
+                say(tracker)
+            except Exception as error:  # of whatever kind: a network, a server, a full quota
+                self._trackers.remove(tracker)
+                print(
+                    f"ALARM: {type(tracker).__name__} is told no more of this run: {error}; its "
+                    "numbers are in metrics.jsonl, and the next start tries again.",
+                    file=sys.stderr,
+                )
 
 
 def drop_beyond(path: Path, step: int) -> None:

@@ -27,6 +27,7 @@ from beit_jax import (
     saving,
     sharding,
     tasks,
+    trackers,
     train,
     warm_start,
 )
@@ -92,7 +93,8 @@ class Run:
                 reached = metrics.last_step(self.folder)
                 if mode == "train" and reached > step:
                     origin += f"; updates {step + 1} to {reached} are made again"
-                writer = metrics.Writer(self.folder, step if mode == "train" else None)
+                told = trackers.open_trackers(self.config, self.folder)
+                writer = metrics.Writer(self.folder, step if mode == "train" else None, told)
                 with contextlib.closing(writer):
                     self._train_or_evaluate(mode, state, origin, keeper, writer)
 

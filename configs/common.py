@@ -186,6 +186,10 @@ def get_config() -> ConfigDict:
     evaluation.pixels = False  # score raw pixels beside the features; for small images
     evaluation.attention = ()  # heads of the last block whose attention is drawn; (): none
 
+    config.log = log = ConfigDict()  # beside metrics.jsonl and TensorBoard
+    log.wandb = ""  # project of Weights & Biases; "": none
+    log.mlflow = ""  # tracking URI of MLflow, such as http://HOST:5000; "": none
+
     config.mesh = mesh = ConfigDict()
     mesh.fsdp = 1  # devices that share one copy of the parameters; the rest is data-parallel
     mesh.start_timeout = 60  # seconds until all processes of a run must have come, devices ready

@@ -44,6 +44,7 @@ FLOORS = [
         "progress",
         "sharding",
         "stored_config",
+        "trackers",
     },
     {"attention", "checkpoint", "class_names", "interop", "knn", "reading", "task"},
     {"frozen", "gradients", "plan", "same_data", "saving"},
