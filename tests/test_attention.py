@@ -10,6 +10,7 @@ from beit_jax import attention
 from beit_jax.architecture import make_encoder
 from beit_jax.augment import normalize
 from beit_jax.errors import UserError
+from beit_jax.models import layers
 from beit_jax.task import Weights
 
 
@@ -27,10 +28,14 @@ def test_maps_are_the_last_blocks_attention(positions, qkv_bias, monkeypatch):
     params = jax.tree.map(lambda x: random.normal(0, 0.5, x.shape).astype(x.dtype), shapes)
 
     found = jax.jit(attention.make_maps(tree))(params, jnp.asarray(images))
-    softmax, seen = jax.nn.softmax, []
-    monkeypatch.setattr(
-        jax.nn, "softmax", lambda *a, **k: seen.append(softmax(*a, **k)) or seen[-1]
-    )
+    attend, seen = layers.attend, []
+
+    def watched(q, k, v, bias):
+        logits = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k)
+        seen.append(jax.nn.softmax(logits if bias is None else logits + bias[None]))
+        return attend(q, k, v, bias)
+
+    monkeypatch.setattr(layers, "attend", watched)
     last = jax.jit(lambda params: (encoder.apply({"params": params}, pixels), seen[-1])[1])(params)
     assert len(seen) == tree.model.depth
     expected = np.asarray(last)[:, :, 1:, 1:].mean(2).reshape(3, 2, 4, 4)
