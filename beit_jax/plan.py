@@ -7,8 +7,6 @@ from jax.sharding import Mesh
 
 from beit_jax import optimizer
 
-GIB = 2**30
-
 
 def describe(config, mesh: Mesh, *, steps: int, examples: int, warmup: int, state, frozen) -> str:
     """Lines about batch, learning rate, length, parameters and memory of a training run.
@@ -49,8 +47,9 @@ def bytes_a_device(tree) -> int:
 def _batch(config, mesh: Mesh) -> str:
     size, parts = config.train.batch_size, config.train.accumulate
     each = size // mesh.size // parts
+    devices = f"{mesh.size} device{'s' * (mesh.size > 1)}"
     microbatches = f" x {parts} microbatches" * (parts > 1)
-    return f"{size:,} images an update = {mesh.size} devices x {each:,} images{microbatches}"
+    return f"{size:,} images an update = {devices} x {each:,} images{microbatches}"
 
 
 def _learning_rate(config, warmup: int) -> str:
@@ -81,8 +80,12 @@ def _memory(state, frozen) -> str:
     kept, fixed = bytes_a_device(state), bytes_a_device(frozen)
     gradients = bytes_a_device(state.params)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    of = f" of {limit / GIB:,.1f}" if limit else ""
+    of = f" (of {_size(limit)})" if limit else ""
     return (
-        f"{(kept + fixed + gradients) / GIB:,.2f}{of} GiB a device for weights, moments and "
-        "gradients; activations come on top"
+        f"{_size(kept + fixed + gradients)} a device{of} for weights, moments and gradients; "
+        "activations come on top"
     )
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"

@@ -19,7 +19,7 @@ def test_batch_rate_and_length(tmp_path):
     assert "0.002 = 0.004 x 64 / 128 images, after 5 updates of warm-up; then cosine" in said
     assert "35 updates = 2.042 epochs of 1,097 images" in said
     counted = sum(x.size for x in jax.tree.leaves(state.params))
-    assert f"parameters:    {counted:,}\n" in said and "GiB a device" in said
+    assert f"parameters:    {counted:,}\n" in said and "MiB a device for weights" in said
 
 
 def test_parameters_that_stay_frozen_and_an_absolute_rate(tmp_path):

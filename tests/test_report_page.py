@@ -111,7 +111,7 @@ def test_what_the_page_says(text):
     assert "predict the tokens of" in text and "classify images of 8 x 8 pixels" in text
     assert "<dt>device-hours</dt><dd>8.00</dd>" in text and "4 x TPU v9" in text
     assert "<b>normal</b>" in text
-    assert "model.width</td><td>768</td><td>32</td><td>48</td>" in text
+    assert "model.width</td><td>32</td><td>48</td><td>32</td><td>768</td>" in text
     for chart in ("Loss", "Accuracy", "Learning rate", "Gradient norm", "Images a second",
                   "k-NN and linear probe"):  # fmt: skip
         assert f"<b>{chart}" in text

@@ -24,8 +24,7 @@ ROWS = {
 CAPTIONS = {
     "reconstruction": "Held-out images, and what becomes of them",
     "masks": "Held-out images, and what the encoder sees of them",
-    "attention": "Where the patches of held-out images look: each row one head of the last block "
-    "(bright: most)",
+    "attention": "Where the patches of held-out images look, in heads of the last block (bright: most)",
     "codes": "The commonest codes, a row each: where in images it stands (white: most often), and "
     "patches that get it, amid their neighbours",
 }
@@ -155,21 +154,20 @@ def _cell(text: str) -> str:
 
 def _pictures(runs: list[Run]) -> str:
     """The newest picture of each kind, of each run."""
-    shown = [
-        _picture(run.name, run.task, name, path)
-        for run in runs
-        for name, path in run.pictures.items()
-    ]
+    shown = [_picture(run, name, path) for run in runs for name, path in run.pictures.items()]
     return f'<div class="pictures">{"".join(shown)}</div>' if shown else ""
 
 
-def _picture(run: str, task: str, name: str, path: Path) -> str:
+def _picture(run: Run, name: str, path: Path) -> str:
+    labels = ROWS.get((name, run.task), ())
+    if name == "attention":
+        labels = ("image", *(f"head {head}" for head in run.config["eval"]["attention"]))
     data = base64.b64encode(path.read_bytes()).decode()
-    rows = "".join(f"<span>{_(row)}</span>" for row in ROWS.get((name, task), ()))
+    rows = "".join(f"<span>{_(label)}</span>" for label in labels)
     about, update = CAPTIONS.get(name, name), path.stem.rpartition("_")[2]
     return (
-        f'<figure class="picture"><figcaption><b>{_(run)}</b> at update {_(update)}. {_(about)}.'
-        f'</figcaption><div><div class="rows">{rows}</div><img alt="{_(run)}: {_(about)}" '
+        f'<figure class="picture"><figcaption><b>{_(run.name)}</b> at update {_(update)}. {_(about)}.'
+        f'</figcaption><div><div class="rows">{rows}</div><img alt="{_(run.name)}: {_(about)}" '
         f'src="data:image/png;base64,{data}"></div></figure>'
     )
 
@@ -184,8 +182,8 @@ def _configuration(runs: list[Run]) -> str:
     for key in sorted({key for config in configs for key in config}):
         values = [_value(config, key) for config in configs]
         if len({*values, *([_value(defaults, key)] if defaults else [])}) > 1:
-            rows.append((key, *([_value(defaults, key)] if defaults else []), *values))
-    header = ("key", *(["default"] if defaults else []), *(run.name for run in runs))
+            rows.append((key, *values, *([_value(defaults, key)] if defaults else [])))
+    header = ("key", *(run.name for run in runs), *(["default"] if defaults else []))
     found = _table(Table("", header, rows)) if rows else ""
     for run, config in zip(runs, configs, strict=True):
         text = "\n".join(f"{key} = {_value(config, key)}" for key in sorted(config))
