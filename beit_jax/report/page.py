@@ -24,7 +24,8 @@ ROWS = {
 CAPTIONS = {
     "reconstruction": "Held-out images, and what becomes of them",
     "masks": "Held-out images, and what the encoder sees of them",
-    "attention": "Where the patches of held-out images look, in heads of the last block (bright: most)",
+    "attention": "Where the patches of held-out images look, in heads of the last block (bright: "
+    "most)",
     "codes": "The commonest codes, a row each: where in images it stands (white: most often), and "
     "patches that get it, amid their neighbours",
 }
@@ -166,9 +167,9 @@ def _picture(run: Run, name: str, path: Path) -> str:
     rows = "".join(f"<span>{_(label)}</span>" for label in labels)
     about, update = CAPTIONS.get(name, name), path.stem.rpartition("_")[2]
     return (
-        f'<figure class="picture"><figcaption><b>{_(run.name)}</b> at update {_(update)}. {_(about)}.'
-        f'</figcaption><div><div class="rows">{rows}</div><img alt="{_(run.name)}: {_(about)}" '
-        f'src="data:image/png;base64,{data}"></div></figure>'
+        f'<figure class="picture"><figcaption><b>{_(run.name)}</b> at update {_(update)}. '
+        f'{_(about)}.</figcaption><div><div class="rows">{rows}</div>'
+        f'<img alt="{_(run.name)}: {_(about)}" src="data:image/png;base64,{data}"></div></figure>'
     )
 
 
