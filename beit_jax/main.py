@@ -126,11 +126,15 @@ def _refuse_changes(run: Path, old: dict, new: dict) -> None:
         if not any(key == c or key.startswith(c + ".") for c in changeable)
         and old.get(key) != (list(value) if isinstance(old.get(key), list) else value)
     ]
-    if changes and not FORCE.value:
+    if not changes:
+        return
+    said = f"the config of {run} has changed since it was started, {', '.join(changes)}"
+    if not FORCE.value:
         raise UserError(
-            f"the config of {run} has changed since it was started, {', '.join(changes)}; give the "
-            "old values, a new --workdir, or --force to go on all the same."
+            f"{said}; give the old values, a new --workdir, or --force to go on all the same."
         )
+    if jax.process_index() == 0:
+        print(f"--force: {said}")
 
 
 def _flat(tree: dict, prefix: str = ""):

@@ -16,9 +16,9 @@ Batch = Values = Mapping[str, jax.Array]
 class Screen:
     """Progress of one run, shown by process 0 only."""
 
-    def __init__(self, batch_size: int):
-        """`batch_size` is the images of one update, over all devices."""
-        self._batch_size = batch_size
+    def __init__(self, batch_size: int, total: int = 0):
+        """`batch_size` is the images of one update, over all devices; `total` the run's updates."""
+        self._batch_size, self._total = batch_size, total
         self._console = Console(quiet=jax.process_index() != 0, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -29,26 +29,28 @@ class Screen:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._mark = None  # (step, seconds) after the last logged update
-        self._waited = 0.0  # seconds since then in which the devices had run dry
+        self._first = 1  # the update that this process makes first
+        self._timed = self._mark = None  # (step, seconds): estimated from, last logged
+        self._waited = 0.0  # seconds since the latter in which the devices had run dry
+        self._rates = {}  # of the last call
         self._alarms = frozenset()  # names of those that stand
 
     def say(self, text: str) -> None:
         """Prints one line above the bar."""
         self._console.print(text, markup=False, highlight=False)
 
-    def start(self, step: int, total: int) -> None:
-        if step < total:
-            self.say("compiling the train step...")
-        self._started = time.perf_counter()
-        self._first, self._total = step + 1, total
+    def start(self, step: int) -> None:
+        """Called before the update after `step`."""
+        self.say("compiling the train step...")
+        self._started, self._first = time.perf_counter(), step + 1
         self._bar.start()
-        self._row = self._bar.add_task("training", total=total, completed=step, numbers="")
+        self._row = self._bar.add_task("training", total=self._total, completed=step, numbers="")
 
     def advance(self, step: int) -> None:
         """Called when update `step` has finished on the devices."""
         if step == self._first:
-            self.say(f"compiled and made the first update in {self._elapsed():.1f} s")
+            seconds = time.perf_counter() - self._started
+            self.say(f"compiled and made the first update in {seconds:.1f} s")
             self._mark = self._timed = (step, time.perf_counter())
             self._waited = 0.0
         if step == self._timed[0] + TIMED and step < self._total:
@@ -94,14 +96,14 @@ class Screen:
             for name in ("loss", "accuracy", "aAcc", "usage", "lr")
             if name in numbers
         )
-        rates = getattr(self, "_rates", None)
-        if rates:
-            text += f"  {rates['images_per_second']:.0f} images/s"
+        if self._rates:
+            text += f"  {self._rates['images_per_second']:.0f} images/s"
         self._bar.update(self._row, numbers=text)
         if not self._console.is_terminal:
             left = ""
-            if rates:
-                left = f"  {_duration(rates['step_seconds'] * (self._total - step))} left"
+            if self._rates:
+                seconds = self._rates["step_seconds"] * (self._total - step)
+                left = f"  {_duration(seconds)} left"
             self.say(f"update {step}/{self._total}  {text}{left}")
 
     def evaluated(self, step: int, scores: dict[str, float]) -> None:
@@ -137,9 +139,6 @@ class Screen:
 
     def stop(self) -> None:
         self._bar.stop()
-
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._started
 
 
 def _duration(seconds: float) -> str:

@@ -112,7 +112,7 @@ class Run:
 
     def _train_or_evaluate(self, mode: str, state, origin: str, keeper, writer) -> None:
         config, stop, step = self.config, self.stop, int(state.step)
-        screen = progress.Screen(config.train.batch_size)
+        screen = progress.Screen(config.train.batch_size, self.steps)
         screen.say(
             f"{config.task} in {self.folder} on {self.mesh.size} {jax.default_backend()} devices\n"
             f"data: {self.source.description}"

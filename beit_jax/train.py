@@ -127,7 +127,7 @@ def train(
     step, in_a_row = int(state.step), int(state.skipped_in_a_row)
     log = partial(_log, task=task, cadence=cadence, writer=writer, saver=saver, screen=screen)
     started = time.perf_counter()
-    screen.start(step, total_steps)
+    screen.start(step)
     try:
         while step < total_steps:
             batch = screen.next_batch(batches, pending and pending[1])

@@ -1,7 +1,7 @@
 """A run that is killed again and again ends as if it had not been.
 
 It is killed with SIGKILL, which no program can answer, at moments that a seeded generator draws in
-each of its phases, and started again with the same command. Ten kills take a minute; for more:
+each of its phases, and started again with the same command. Twenty kills take two minutes; more:
 
   BEIT_JAX_KILLS=100 python -m pytest tests/test_kill.py
 """
@@ -18,7 +18,7 @@ import tiny
 
 from beit_jax import checkpoint, metrics
 
-KILLS = int(os.environ.get("BEIT_JAX_KILLS", "10"))
+KILLS = int(os.environ.get("BEIT_JAX_KILLS", "20"))
 STEPS, EVAL_EVERY, CHECKPOINT_EVERY = 40 + 7 * KILLS, 10, 5
 SEED = int(os.environ.get("BEIT_JAX_KILL_SEED", "0"))
 PHASES = ("start", "update", "save", "evaluation")

@@ -1,5 +1,6 @@
 """The command line: what a person types, and what a mistake is answered with."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -9,9 +10,19 @@ import numpy as np
 import pytest
 import tiny
 from absl import flags
+from absl.testing import flagsaver
 from ml_collections import config_flags
 
-from beit_jax import checkpoint, command_line, features, frozen, metrics, predict, stored_config
+from beit_jax import (
+    checkpoint,
+    command_line,
+    features,
+    frozen,
+    main,
+    metrics,
+    predict,
+    stored_config,
+)
 from beit_jax.errors import UserError
 
 TINY = (
@@ -125,6 +136,21 @@ def test_a_key_that_is_not_there_or_there_twice(wrong, said, monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for its keys
     with pytest.raises(UserError, match=re.escape(said)):
         command_line.parse_flags(values, argv)
+
+
+def test_force_goes_on_with_another_config_and_other_data(tmp_path, monkeypatch, capsys):
+    tree = tiny.config("classify", train__steps=1)
+    tiny.store_config(tmp_path, tree)
+    (tmp_path / "data.json").write_text("{}")
+    argv = ["main", f"--workdir={tmp_path}", "--config.optimizer.clip=7.0"]
+    for force in ([], ["--force"]):
+        monkeypatch.setattr(sys, "argv", argv + force)
+        with flagsaver.flagsaver():
+            main.parse(argv + force)
+            with contextlib.nullcontext() if force else pytest.raises(UserError, match="--force"):
+                main.resolve()
+    assert "config.optimizer.clip from 3.0 to 7.0" in capsys.readouterr().out
+    assert not (tmp_path / "data.json").exists()
 
 
 def test_help_has_an_example():
