@@ -135,7 +135,7 @@ def _stuck(config: Mapping, trained: Lines, classes: int) -> Iterator[Verdict]:
     tokens = "guess_accuracy" in warm[-1]
     yield Verdict(
         STUCK,
-        f"accuracy is {accuracy:.2%} at update {warm[-1]['step']}, and "
+        f"training accuracy is {accuracy:.2%} at update {warm[-1]['step']}, and "
         + ("always naming the commonest token" if tokens else "guessing")
         + f" scores {guess:.2%}",
         (
@@ -268,7 +268,7 @@ def _progress(config: Mapping, trained: Lines, classes: int) -> str:
     step, seen = trained[-1]["step"], trained[-1]["step"] * config["train"]["batch_size"]
     found = []
     if pair := _accuracies(trained, classes):
-        found.append(f"accuracy is {pair[0]:.2%} at update {step}, where guessing scores "
+        found.append(f"training accuracy is {pair[0]:.2%} at update {step}, where guessing scores "
                      f"{pair[1]:.2%}")  # fmt: skip
     else:
         losses = _values(trained, "loss")

@@ -282,14 +282,14 @@ def test_a_rate_far_too_high_is_diverging(tmp_path, capfd):
 def test_a_run_that_learns_nothing_is_stuck(tmp_path, capfd):
     changes = {"train__log_every": 18, "optimizer__final_learning_rate": 0.0}
     said = said_by(tmp_path, capfd, 0.0, 108, train__batch_size=64, **changes)
-    assert "ALARM at update 108: stuck at the guess baseline: accuracy is " in said
+    assert "ALARM at update 108: stuck at the guess baseline: training accuracy is " in said
     assert "guessing scores 10.00%" in said
 
 
 def test_a_healthy_run_says_so_at_its_end_alone(tmp_path, capfd):
     said = said_by(tmp_path, capfd, 0.1, 30, train__eval_every=25)
     assert "ALARM" not in said
-    assert said.count("health: normal: accuracy is ") == 1
+    assert said.count("health: normal: training accuracy is ") == 1
     assert "s an update: about 0:0" in said
     timing = [line for line in metrics.read(tmp_path) if "data_wait_share" in line]
     assert timing and all(0 <= line["data_wait_share"] <= 1 for line in timing)
