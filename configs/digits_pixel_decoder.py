@@ -16,7 +16,7 @@ def get_config():
     config.train.log_every = 100
     config.train.ema_decay = 0.99
     config.optimizer.learning_rate = 5e-3
-    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.warmup_epochs = 12.0  # a short one leaves it blurred for hundreds of updates
     config.optimizer.weight_decay = 1e-4
     config.optimizer.clip = 1.0
     return config
