@@ -5,7 +5,9 @@ opt_state, progress), so that a later stage can read the weights alone.
 """
 
 import contextlib
+import errno
 import hashlib
+import shutil
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -62,6 +64,7 @@ class Keeper:
         """Copies the state off the devices and writes it in the background."""
         self._manager = self._manager or self._open()
         items = {name: getattr(state, name) for name in TREES}
+        self._check_room(items)
         items = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if _leaves(tree)}
         counters = {name: int(getattr(state, name)) for name in COUNTERS}
         # One update consumes one global batch, so the data position is the step.
@@ -70,6 +73,14 @@ class Keeper:
             counters["step"],
             args=ocp.args.Composite(progress=ocp.args.JsonSave(counters), **items),
         )
+
+    def _check_room(self, items: PyTree) -> None:
+        """Raises OSError where there is none, which costs less than finding out in the middle."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+        total, _, free = shutil.disk_usage(self._run)
+        if total and free < needed:  # some mounted buckets say that there is nothing at all
+            said = f"a checkpoint takes {needed:,} bytes, and {free:,} are free"
+            raise OSError(errno.ENOSPC, said, str(self._run))
 
     def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
         """Notes how good a saved update is; raises UserError where the scores do not tell."""

@@ -207,7 +207,9 @@ def _inspect_run(folder: Path) -> None:
         *((key, str(value)) for key, value in model.items()),
     ]
     if (folder / "metrics.jsonl").is_file():
-        scores = [line for line in metrics.read(folder) if line["split"] not in ("timing", "train")]
+        scores = [
+            line for line in metrics.read(folder) if line["split"] not in metrics.NOT_EVALUATIONS
+        ]
         lines += [(f"{name}", str(value)) for name, value in (scores[-1] if scores else {}).items()]
     _print(lines)
     _print_tensors(flatten_dict(weights.variables, sep="/"))

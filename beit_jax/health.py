@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from beit_jax import references
+from beit_jax import metrics, references
 
 NORMAL = "normal"
 EARLY = "too early to say"
@@ -151,7 +151,7 @@ def _stuck(config: Mapping, trained: Lines, classes: int) -> Iterator[Verdict]:
 def _collapsed(config: Mapping, lines: Lines, trained: Lines) -> Iterator[Verdict]:
     """A tokenizer that uses few of its codes, or tokens that are nearly all the same."""
     if config["task"] == "vqkd":
-        evaluated = [line for line in lines if line["split"] not in _OURS]
+        evaluated = [line for line in lines if line["split"] not in metrics.NOT_EVALUATIONS]
         yield from _short_of_codes(config["vqkd"], trained[-1:] + evaluated[-1:])
     elif config["task"] == "dvae" and len(trained) >= WINDOW:
         yield from _narrow(config["dvae"]["vocabulary"], trained[-WINDOW:])
@@ -190,9 +190,6 @@ def _narrow(codes: int, lately: Lines) -> Iterator[Verdict]:
             "start in a new --workdir with a lower config.optimizer.learning_rate, or a smaller or "
             "slower KL term: config.dvae.kl_weight and config.dvae.kl_steps",
         )
-
-
-_OURS = ("train", "timing")  # splits that are no evaluation
 
 
 def short_of_codes(

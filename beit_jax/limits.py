@@ -39,6 +39,8 @@ def check(config: ConfigDict) -> None:
     for key in ABOVE_ZERO:
         if not values[key] > 0:
             refuse(key, "above 0")
+    if values["seed"] >= 2**32:
+        refuse("seed", "below 2**32")
     for key in NOT_NEGATIVE:
         if not values[key] >= 0:
             refuse(key, "0 or more")

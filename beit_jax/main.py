@@ -172,9 +172,9 @@ def _with_config(argv: list[str]) -> list[str]:
 
 def command() -> None:
     """The command line: exit status 0, 1 for a problem that the user can mend, or a traceback."""
-    # Orbax reports every step of every save; what a person must know raises. Of a save that fails
-    # asyncio would report every array.
-    logging.set_verbosity(logging.ERROR)
+    # Orbax reports every step of every save, and every thread of one that fails, asyncio every
+    # array; what a person must know raises.
+    logging.set_verbosity(logging.FATAL)
     asyncio_logger.setLevel("CRITICAL")
     try:
         app.run(main, flags_parser=parse)

@@ -19,6 +19,9 @@ from PIL import Image
 from tensorboardX import summary
 
 from beit_jax import durable
+from beit_jax.errors import UserError
+
+NOT_EVALUATIONS = ("train", "timing")  # splits of lines that training itself writes
 
 
 class Writer:
@@ -120,14 +123,33 @@ def read(run: Path) -> list[dict]:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a file, one a line, but one that is cut short: a crash, or still written."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """The objects of a file, one a line, but a last one cut short: by a crash, or still written.
+
+    Raises:
+      UserError: another line is damaged.
+    """
+    found = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # only the last line can be cut short
-    return lines
+            found.append(_whole(json.loads(line)))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(
+                    f"line {number} of {path} is damaged; mend it, or delete the line."
+                ) from error
+    return found
+
+
+def _whole(line) -> dict:
+    if not isinstance(line, dict) or "step" not in line:
+        raise ValueError("no line of ours")
+    return line
+
+
+def evaluated(split: str) -> str:
+    """What the lines of a data split's evaluation are called, as `train` are those of updates."""
+    return f"eval_{split}" if split in NOT_EVALUATIONS else split
 
 
 def evaluations(run: Path) -> dict[int, dict]:
@@ -135,7 +157,7 @@ def evaluations(run: Path) -> dict[int, dict]:
     found: dict[int, dict] = {}
     if (run / "metrics.jsonl").exists():
         for line in read(run):
-            if line["split"] not in ("train", "timing"):
+            if line["split"] not in NOT_EVALUATIONS:
                 found.setdefault(line["step"], line)
     return found
 

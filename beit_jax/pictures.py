@@ -35,6 +35,7 @@ def lay_out(*rows: np.ndarray) -> np.ndarray:
 
 
 def _row(images: np.ndarray) -> np.ndarray:
+    images = np.nan_to_num(images)  # of a network whose numbers went bad
     images = np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
     channels = images.shape[-1]
     # One channel is grey; of more than three the first three are shown.

@@ -76,6 +76,8 @@ class Run:
         """
         self.stop = stop or self.stop
         self._check_evaluation()
+        if mode == "train":
+            self._check_training()
         with lock.held(self.folder) if mode == "train" else contextlib.nullcontext():
             if mode == "train":
                 self._prepare_folder()
@@ -98,15 +100,17 @@ class Run:
                 with contextlib.closing(writer):
                     self._train_or_evaluate(mode, state, origin, keeper, writer)
 
-    def _prepare_folder(self) -> None:
-        """Refuses what cannot be trained on, then writes what does not change any more."""
-        config = self.config
-        if config.data.labels_per_class:
+    def _check_training(self) -> None:
+        """Refuses what cannot be trained on."""
+        if self.config.data.labels_per_class:
             self.source.labels()  # draws them, or refuses
-        size, microbatches = config.train.batch_size, config.train.accumulate
+        size, microbatches = self.config.train.batch_size, self.config.train.accumulate
         sharding.check_batch("config.train.batch_size", size, self.mesh, microbatches)
+
+    def _prepare_folder(self) -> None:
+        """Refuses other data than before, then writes what does not change any more."""
         same_data.keep(self.folder, self.source, resuming=checkpoint.any_in(self.folder))
-        store_config(self.folder, config)
+        store_config(self.folder, self.config)
         frozen.keep(self.folder, self.task.copies)
         class_names.keep(self.folder, self.task.class_names)
 
@@ -180,7 +184,9 @@ class Run:
         """Whether metrics.jsonl has the evaluation of an update; all processes answer alike."""
         line = metrics.evaluations(self.folder).get(step, {"split": None})
         return bool(
-            multihost_utils.broadcast_one_to_all(line["split"] == self.config.data.eval_split)
+            multihost_utils.broadcast_one_to_all(
+                line["split"] == metrics.evaluated(self.config.data.eval_split)
+            )
         )
 
     def create_state(self, key: jax.Array, taken=None) -> train.TrainState:

@@ -24,10 +24,10 @@ def keep(run: Path, source: Source, *, resuming: bool) -> None:
     path, now = run / FILE, describe(source)
     if resuming and path.exists():
         try:
-            before = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            changes = _changes(json.loads(path.read_text()), now)
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it to go on.") from error
-        if changes := _changes(before, now):
+        if changes:
             raise UserError(
                 f"the training data of {run} have changed since it was started: {changes}; bring "
                 "the old ones back, start in a new --workdir, or give --force to go on with these."

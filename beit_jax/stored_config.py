@@ -29,7 +29,9 @@ def read_config(run: Path) -> dict:
     path = run / "config.json"
     try:
         config = json.loads(path.read_text(), object_hook=tuples)
-    except json.JSONDecodeError as error:
+        if not isinstance(config, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); restore or delete it.") from error
     return completed(config, path)
 

@@ -138,15 +138,21 @@ def _package(name: str, wanted_by: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise UserError(
             f"{wanted_by} needs the package {name}, which is not installed; install it with "
-            f"pip install 'beit_jax[{name}]', or leave the key empty."
+            f"pip install {name}, or leave the key empty."
         ) from error
 
 
 def _id(run: Path, tracker: str, create: Callable[[], str]) -> str:
     """The id under which a tracker knows this run: the one that it began with, or a new one."""
     path = run / IDS
-    ids = json.loads(path.read_text()) if path.is_file() else {}
-    if tracker not in ids:
+    try:
+        ids = json.loads(path.read_text()) if path.is_file() else {}
+        known = ids.keys()
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged; restore it, or delete it to begin under another id."
+        ) from error
+    if tracker not in known:
         ids[tracker] = create()
         metrics.write_atomically(path, json.dumps(ids) + "\n")
     return ids[tracker]

@@ -182,7 +182,7 @@ def run_evaluation(task: Task, state: TrainState, eval_step, split_batches, conf
         scores |= values
         writer.pictures(step, pictures)
     scores = {name: float(value) for name, value in scores.items()}
-    writer.scalars(step, split, scores)
+    writer.scalars(step, metrics.evaluated(split), scores)
     writer.scalars(step, "timing", {"eval_seconds": time.perf_counter() - started})
     return scores
 

@@ -58,6 +58,7 @@ def photos(tmp_path_factory):
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
+    (folder / "broken" / "link.png").symlink_to("nowhere.png")
     return folder
 
 

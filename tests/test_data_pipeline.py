@@ -54,8 +54,11 @@ class Memory:
 
     def __getitem__(self, index):
         if index in self.bad:
-            return Record(b"broken", index, f"picture {index}.png")
-        return Record(self.images[index], index, f"picture {index}.png")
+            return Record(b"broken", index, self.name(index))
+        return Record(self.images[index], index, self.name(index))
+
+    def name(self, index):
+        return f"picture {index}.png"
 
 
 def take(iterator, count: int) -> list[dict]:

@@ -61,7 +61,7 @@ def test_residual_gain_and_hidden_width():
     assert params["conv_1"]["kernel"].shape == (3, 3, 8, 2)
     apply = jax.jit(module.apply)
     before = apply({"params": params}, x)
-    params["conv_4"]["bias"] += 1
+    params["conv_4"]["bias"] = params["conv_4"]["bias"] + 1  # `before` may still read the old one
     np.testing.assert_allclose(apply({"params": params}, x) - before, 0.25, atol=1e-6)
 
 

@@ -1,5 +1,8 @@
 """A run's folder says where and with what it ran."""
 
+import shlex
+import sys
+
 import jax
 
 from beit_jax import environment
@@ -12,7 +15,8 @@ def test_a_line_for_each_start(tmp_path):
     assert (first["mode"], first["step"], first["parameters"]) == ("train", 0, 12)
     assert (second["mode"], second["step"]) == ("eval", 7)
     assert first["devices"] == 8 and first["jax"] == jax.__version__
-    assert "pytest" in first["command"] and first["host"] and first["time"].startswith("20")
+    assert shlex.split(first["command"])[1:] == sys.orig_argv[1:]
+    assert first["host"] and first["time"].startswith("20")
     with open(tmp_path / environment.FILE, "a") as file:
         file.write('{"mode": "tra')  # a crash
     assert len(environment.read(tmp_path)) == 2

@@ -89,7 +89,7 @@ def test_the_chain_of_three_commands(tmp_path):
     other = (flag for flag in TINY if "model.width" not in flag)
     changed = refusal(*stages["mim"], *other, f"--workdir={tmp_path / 'mim'}",
                       "--config.model.width=64")  # fmt: skip
-    assert "has changed since it was started, config.model.width from 32 to 64, " in changed
+    assert "has changed since it was started, config.model.width from 32 to 64; " in changed
 
 
 @pytest.mark.parametrize(
@@ -136,6 +136,13 @@ def test_a_key_that_is_not_there_or_there_twice(wrong, said, monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for its keys
     with pytest.raises(UserError, match=re.escape(said)):
         command_line.parse_flags(values, argv)
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"\x80"])
+def test_a_damaged_config_is_named(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match="config.json is damaged .*; restore or delete it"):
+        stored_config.read_config(tmp_path)
 
 
 def test_force_goes_on_with_another_config_and_other_data(tmp_path, monkeypatch, capsys):

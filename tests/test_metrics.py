@@ -3,8 +3,10 @@
 import json
 
 import numpy as np
+import pytest
 
 from beit_jax import metrics
+from beit_jax.errors import UserError
 
 
 def test_lines_hold_flat_numbers_and_null(tmp_path):
@@ -26,6 +28,17 @@ def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
     metrics.drop_beyond(path, 2)
     assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("damage", [b"{", b"7", b"\x80\xff", b"{}"])
+def test_a_damaged_line_is_named_and_nothing_behind_it_is_dropped(damage, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    with pytest.raises(
+        UserError, match=f"line 2 of {path} is damaged; mend it, or delete the line."
+    ):
+        metrics.drop_beyond(path, 9)
+    assert path.read_bytes().endswith(b'{"step": 3}\n')
 
 
 def test_pictures_are_written_as_png(tmp_path):

@@ -16,6 +16,10 @@ def test_rows_and_columns_are_where_they_should_be():
     np.testing.assert_array_equal(centres, [[0, 128, 255], [255, 128, 0]])
 
 
+def test_values_that_are_no_numbers_are_black():
+    assert not picture_rows(np.full((1, TILE, TILE, 1), np.nan))[:TILE, :TILE].any()
+
+
 def test_more_channels_than_three_and_values_outside_the_range():
     images = np.tile(np.array([-1.0, 0.2, 2.0, 0.7, 0.9]), (1, TILE, TILE, 1))
     assert picture_rows(images)[0, 0].tolist() == [0, 51, 255]

@@ -61,6 +61,13 @@ def test_changes_are_named(change, said, photos, tmp_path):
     assert json.loads((tmp_path / same_data.FILE).read_text())["examples"] == len(source(moved))
 
 
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\x80"])
+def test_a_damaged_note_of_the_data_is_named(content, photos, tmp_path):
+    (tmp_path / same_data.FILE).write_bytes(content)
+    with pytest.raises(UserError, match="data.json is damaged .*; delete it to go on"):
+        same_data.keep(tmp_path, source(photos), resuming=True)
+
+
 def test_a_run_is_not_resumed_and_still_evaluated(photos, tmp_path):
     tree = tiny.config(
         "classify",

@@ -60,6 +60,15 @@ def test_saves_that_fail_are_tried_again(recipe, tmp_path, capsys):
     assert last.source.endswith(f"/{STEPS}") and last.digest == expected.digest
 
 
+def test_a_save_that_cannot_fit_is_not_begun(recipe, tmp_path, monkeypatch):
+    recipe.train.max_failed_saves = 1
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: (10**9, 10**9 - 99, 99))
+    run = tiny.run(recipe, tmp_path / "run", jax.devices()[:1])
+    with pytest.raises(UserError, match="a checkpoint takes [0-9,]+ bytes, and 99 are free"):
+        run.execute("train")
+    assert not any((run.folder / "checkpoints").iterdir())
+
+
 def test_too_many_in_a_row_end_the_run(recipe, tmp_path):
     recipe.train.max_failed_saves = 2
     run = tiny.run(recipe, tmp_path / "run", jax.devices()[:1])

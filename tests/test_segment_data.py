@@ -80,7 +80,10 @@ class Memory:
         return len(self.pairs)
 
     def __getitem__(self, index):
-        return Record(self.pairs[index][1], -1, f"{index}.png")
+        return Record(self.pairs[index][1], -1, self.name(index))
+
+    def name(self, index):
+        return f"{index}.png"
 
     def mask(self, index):
         return LabelMap(b"broken" if index in self.bad else self.pairs[index][0], f"{index}.png")

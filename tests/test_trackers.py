@@ -170,10 +170,17 @@ def test_wandb_itself_writes_offline(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_package_that_is_missing_is_named_with_its_extra(name, tmp_path, monkeypatch):
+def test_a_package_that_is_missing_is_named(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-    with pytest.raises(UserError, match=rf"pip install 'beit_jax\[{name}\]', or leave the key"):
+    with pytest.raises(UserError, match=f"pip install {name}, or leave the key"):
         trackers.open_trackers(tiny.config("dvae", **{f"log__{name}": "x"}), tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\x80"])
+def test_damaged_ids_are_named(content, tmp_path, mlflow):
+    (tmp_path / trackers.IDS).write_bytes(content)
+    with pytest.raises(UserError, match="trackers.json is damaged; restore it, or delete it"):
+        trackers.open_trackers(tiny.config("dvae", log__mlflow="x"), tmp_path)
 
 
 def test_a_tracker_that_fails_costs_its_curves_and_not_the_run(tmp_path, capfd):

@@ -71,13 +71,12 @@ class Reader:
 
     def read(self, index: int) -> tuple[np.ndarray, Any] | None:
         """An image uint8 [H, W, ch] and what belongs to it; None, and a note, if unreadable."""
-        record = Record(b"", -1, f"example {index}")
         try:
             record = self.source[index]
             image = decode(record.image, channels=self.channels, max_value=self._max_value)
             return image, self.belonging(index, record, image)
         except (BadImage, OSError) as error:
-            self._bad.add(index, record.name, str(error))
+            self._bad.add(index, self.source.name(index), str(error))
             return None
 
     def readable(self, position: int, seed: int) -> tuple[np.ndarray, Any]:

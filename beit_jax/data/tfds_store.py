@@ -49,10 +49,16 @@ class TfdsSource:
         return len(self._data)
 
     def __getitem__(self, index: int) -> Record:
-        return self._features.record(self._data[index], f"{self._split}, example {index}")
+        return self._features.record(self._data[index], self._place(index))
 
     def name(self, index: int) -> str:
-        return self[index].name
+        try:
+            return self[index].name
+        except OSError:
+            return self._place(index)
+
+    def _place(self, index: int) -> str:
+        return f"{self._split}, example {index}"
 
     def labels(self) -> np.ndarray:
         if not self.class_names:

@@ -7,8 +7,6 @@ from beit_jax import class_names, environment, health, metrics
 from beit_jax.errors import UserError
 from beit_jax.stored_config import read_config
 
-NOT_EVALUATIONS = {"train", "timing"}  # splits of metrics.jsonl
-
 
 class Run(NamedTuple):
     """What a run's folder says."""
@@ -24,10 +22,14 @@ class Run(NamedTuple):
     def task(self) -> str:
         return self.config["task"]
 
-    def last(self, split: str | None = None) -> dict:
-        """The last evaluation, of `split` where given; empty if there is none."""
-        splits = {split} if split else {line["split"] for line in self.lines} - NOT_EVALUATIONS
-        return next((line for line in reversed(self.lines) if line["split"] in splits), {})
+    def last(self) -> dict:
+        """The last evaluation; empty if there is none."""
+        return next(reversed(self.evaluations), {})
+
+    @property
+    def evaluations(self) -> list[dict]:
+        """The lines that are no training's."""
+        return [line for line in self.lines if line["split"] not in metrics.NOT_EVALUATIONS]
 
     def points(self, name: str, split: str) -> list[tuple[int, float | None]]:
         """(update, value) of a metric in the lines of a split; None: the number did not exist."""
@@ -40,7 +42,7 @@ class Run(NamedTuple):
     @property
     def watched(self) -> str:
         """The split of most evaluations, and of the first where there are as many of another."""
-        splits = [line["split"] for line in self.lines if line["split"] not in NOT_EVALUATIONS]
+        splits = [line["split"] for line in self.evaluations]
         return max(dict.fromkeys(splits), key=splits.count, default="")
 
     @property
