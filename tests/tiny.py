@@ -22,6 +22,11 @@ from configs import (
     digits_vqkd,
 )
 
+# XLA's flags of a process on one device, whose programs compile soon and run slowly.
+CHEAP = (
+    "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true"
+)
 RECIPES = {
     "dvae": digits_dvae,
     "mim": digits_mim,
