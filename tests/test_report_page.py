@@ -117,6 +117,17 @@ def test_what_the_page_says(text):
         assert f"<b>{chart}" in text
 
 
+def test_runs_of_one_name_and_of_many_tasks_are_told_apart(runs, tmp_path):
+    first, _, tuned = runs
+    twin = first._replace(folder=tmp_path / "other" / "first")
+    many = [first, *[tuned] * 8, twin]  # the twin is the tenth, and the second of its task
+    text = page(many, [])
+    assert f"{first.folder.parent.name}/first</h2>" in text and "other/first</h2>" in text
+    legend = re.findall(r'<button type="button" class="(c\d)" data-run="(\d+)"', text)
+    assert [colour for colour, _ in legend] == ["c0", "c1"] + [f"c{i}" for i in range(8)]
+    assert len({number for _, number in legend}) == len(many)
+
+
 def test_curves_keep_their_spikes_and_gaps():
     points = [(step, 1.0) for step in range(10_000)]
     points[4321] = (4321, 50.0)

@@ -3,6 +3,7 @@
 import base64
 import html
 import itertools
+from collections import Counter
 from pathlib import Path
 
 from flax.traverse_util import flatten_dict
@@ -33,7 +34,8 @@ CAPTIONS = {
 
 def page(runs: list[Run], tables: list[Table]) -> str:
     """The whole page."""
-    numbered = list(enumerate(runs))
+    numbered = _numbered(_distinct(runs))
+    runs = [run for _, run in numbered]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
     parts = {
         **{f"Curves: {describe.TASKS[t]}": _curves(group) for t, group in _by_task(numbered)},
@@ -59,6 +61,27 @@ def page(runs: list[Run], tables: list[Table]) -> str:
         f'<div class="cards">{cards}</div>\n{sections}</main>'
         f'<div id="tip" hidden></div><script>{script}</script></body></html>\n'
     )
+
+
+def _distinct(runs: list[Run]) -> list[Run]:
+    """Runs whose names tell them apart: of those of one name, with their parents' folders."""
+    names = [run.name for run in runs]
+    return [
+        run._replace(name=f"{run.folder.parent.name}/{run.name}")
+        if names.count(run.name) > 1
+        else run
+        for run in runs
+    ]
+
+
+def _numbered(runs: list[Run]) -> Numbered:
+    """Each run's number leads to a colour that no other of its task has, while there are enough."""
+    alike, found = Counter(), {}
+    for run in runs:
+        of_its_colour = itertools.count(alike[run.task] % svg.COLOURS, svg.COLOURS)
+        found[next(number for number in of_its_colour if number not in found)] = run
+        alike[run.task] += 1
+    return list(found.items())
 
 
 def _(text: object) -> str:

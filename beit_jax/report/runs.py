@@ -17,6 +17,7 @@ class Run(NamedTuple):
     pictures: dict[str, Path] = {}  # the newest of each name
     starts: list[dict] = []  # environment.jsonl: where and with what each start ran
     classes: int = 0  # that its head tells apart; 0: no such head
+    folder: Path = Path()
 
     @property
     def task(self) -> str:
@@ -82,4 +83,5 @@ def read_run(folder: str) -> Run:
         pictures={picture.stem.rpartition("_")[0]: picture for picture in pictures},
         starts=environment.read(path),
         classes=len(class_names.read(path)),
+        folder=path.resolve(),
     )
