@@ -1,5 +1,6 @@
 """Runs small enough for tests, on the digits: one of every task that trains."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -22,11 +23,9 @@ from configs import (
     digits_vqkd,
 )
 
-# XLA's flags of a process on one device, whose programs compile soon and run slowly.
-CHEAP = (
-    "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true"
-)
+# XLA's flags for programs that compile soon and run slowly; for a process on one device.
+SOON = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+CHEAP = f"--xla_force_host_platform_device_count=1{SOON}"
 RECIPES = {
     "dvae": digits_dvae,
     "mim": digits_mim,
@@ -173,6 +172,7 @@ def two_processes(tree, folder: Path) -> None:
     started = [
         subprocess.Popen(
             [sys.executable, script, f"localhost:{port}", str(i), folder],
+            env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count=4{SOON}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -185,8 +185,7 @@ def two_processes(tree, folder: Path) -> None:
 
 # A process of a distributed run, with four CPU devices: coordinator, process number, run folder.
 PROCESS = """
-import os, sys
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+import sys
 import jax
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))

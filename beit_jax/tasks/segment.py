@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -200,7 +201,8 @@ def finalize(sums, names: tuple[str, ...] = ()) -> dict[str, jax.Array]:
     right, label, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     union = label + predicted - right
     ious = right / (union + (union == 0))
-    by_class = {f"IoU/{name}": ious[i] / (union[i] > 0) for i, name in enumerate(names)}
+    with np.errstate(invalid="ignore"):  # a class that is nowhere has no score: not a number
+        by_class = {f"IoU/{name}": ious[i] / (union[i] > 0) for i, name in enumerate(names)}
     return {
         **mean_of_sums(sums),
         **by_class,
