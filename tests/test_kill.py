@@ -1,7 +1,7 @@
 """A run that is killed again and again ends as if it had not been.
 
 It is killed with SIGKILL, which no program can answer, at moments that a seeded generator draws in
-each of its phases, and started again with the same command. Twenty kills take two minutes; more:
+each of its phases, and started again with the same command. Twenty kills take a minute; for more:
 
   BEIT_JAX_KILLS=100 python -m pytest tests/test_kill.py
 """
