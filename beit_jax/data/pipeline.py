@@ -3,14 +3,15 @@
 Order and augmentation are pure functions of (seed, position), where position counts examples of
 the run: global batch times batch size plus row. Nothing depends on which process or thread makes
 an example, so worker and process counts change no batch, and a run's place in the data is one
-number, the global batches consumed. Grain reads ahead and batches.
+number, the global batches consumed. Grain reads ahead, in threads that write each example into its
+batch's row.
 """
 
 import atexit
 import contextlib
-import sys
+import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ def train_batches(
     def example(index: int) -> Batch:
         return make(rows.position(index, start))
 
-    return _iterate(_Examples(example, sys.maxsize // 2), rows.local, workers)
+    return _iterate(example, _ENDLESS, rows.local, workers)
 
 
 def eval_batches(
@@ -122,8 +123,7 @@ def eval_batches(
     def example(index: int) -> Batch:
         return make(rows.position(index, 0))
 
-    batches = -(-len(source) // batch_size)
-    return _iterate(_Examples(example, batches * rows.local), rows.local, workers)
+    return _iterate(example, -(-len(source) // batch_size), rows.local, workers)
 
 
 class _Rows(NamedTuple):
@@ -148,28 +148,65 @@ class _Rows(NamedTuple):
         return (start + batch) * self.batch_size + self.process_index * self.local + row
 
 
-class _Examples:
-    """A random-access source for Grain over a pure function of the index."""
+_ENDLESS = 2**40  # batches
+_MAX_STRIP = 8  # rows; more would make the first batch wait for few threads
 
-    def __init__(self, example, length: int):
-        self._example, self._length = example, length
+
+class _Strips:
+    """A random-access source for Grain: reading a strip fills some consecutive rows of a batch.
+
+    Examples are copied into their batch as they are made, while the processor's cache holds them,
+    and Grain's own work is done once a strip instead of once an example.
+    """
+
+    def __init__(self, example: Callable[[int], Batch], batches: int, batch_size: int):
+        self._example, self._batches, self._batch_size = example, batches, batch_size
+        self._rows = max(n for n in range(1, _MAX_STRIP + 1) if batch_size % n == 0)
+        self._begun: dict[int, Batch] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def of_a_batch(self) -> int:
+        """Strips that make up a batch."""
+        return self._batch_size // self._rows
 
     def __len__(self) -> int:
-        return self._length
+        return self._batches * self.of_a_batch
 
-    def __getitem__(self, index: int) -> Batch:
-        return self._example(index)
+    def __getitem__(self, index: int) -> int:
+        """Fills strip `index`; returns its batch's number, of which `take` gives the arrays."""
+        number = index // self.of_a_batch
+        for place in range(index * self._rows, (index + 1) * self._rows):
+            example = self._example(place)
+            batch = self._room(number, example)
+            for name, value in example.items():
+                batch[name][place % self._batch_size] = value
+        return number
+
+    def _room(self, number: int, example: Batch) -> Batch:
+        with self._lock:
+            if number not in self._begun:
+                self._begun[number] = {
+                    name: np.empty((self._batch_size, *value.shape), value.dtype)
+                    for name, value in example.items()
+                }
+            return self._begun[number]
+
+    def take(self, numbers: Sequence[int]) -> Batch:
+        """The batch whose strips have all been read."""
+        return self._begun.pop(numbers[0])
 
 
-def _iterate(examples: _Examples, batch_size: int, workers: int) -> Iterator[Batch]:
-    ahead = max(batch_size, 4 * workers) if workers else 0
+def _iterate(
+    example: Callable[[int], Batch], batches: int, batch_size: int, workers: int
+) -> Iterator[Batch]:
+    strips = _Strips(example, batches, batch_size)
+    ahead = max(strips.of_a_batch, 2 * workers) if workers else 0
     dataset = (
-        grain.MapDataset.source(examples)
+        grain.MapDataset.source(strips)
         .to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=ahead))
-        .batch(batch_size)
+        .batch(strips.of_a_batch, batch_fn=strips.take)
     )
-    if workers:  # stacks the next batch while the caller works on this one
-        dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
     iterator = _until_closed(dataset)
     _open_iterators.add(iterator)
     return iterator
