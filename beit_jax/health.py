@@ -255,8 +255,8 @@ def _data_bound(lines: Lines) -> Iterator[Verdict]:
             DATA_BOUND,
             f"{share:.0%} of the time lately the devices had nothing to do but wait for a batch, "
             f"{waited / 60:,.0f} minutes so far",
-            "raise config.data.workers up to the number of cores, prepare the images at a smaller "
-            "size on a local disk, and measure with `python -m beit_jax.benchmark input`",
+            "prepare the images at a smaller size on a local disk, raise config.data.workers where "
+            "the disk is slow, and measure with `python -m beit_jax.benchmark input`",
         )
 
 

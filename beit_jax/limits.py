@@ -15,7 +15,7 @@ ABOVE_ZERO = (
     "model.norm_epsilon", "segment.short_side",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "seed", "data.labels_per_class", "data.workers", "data.color_jitter", "dvae.kl_weight",
+    "seed", "data.labels_per_class", "data.color_jitter", "dvae.kl_weight",
     "dvae.kl_steps", "dvae.temperature_steps", "model.layer_scale", "train.eval_every",
     "optimizer.warmup_epochs", "vqkd.kmeans", "classify.mixup", "classify.cutmix",
     "segment.classes", "segment.auxiliary_weight", "segment.auxiliary_width", "segment.stride",
@@ -44,6 +44,8 @@ def check(config: ConfigDict) -> None:
     for key in NOT_NEGATIVE:
         if not values[key] >= 0:
             refuse(key, "0 or more")
+    if not values["data.workers"] >= -1:
+        refuse("data.workers", "-1 (one thread a core) or more")
     for key in SHARES:
         if not 0 <= values[key] <= 1:
             refuse(key, "from 0 to 1")

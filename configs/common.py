@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
     data.color_jitter = 0.4  # brightness, contrast and saturation; 0 switches it off
     data.rand_augment = 0.0  # RandAugment's magnitude, at most 10 (two operations); 0: none
     data.eval_crop = 0.875  # the centre crop's share of the resized shorter side
-    data.workers = 16  # threads that read and decode
+    data.workers = -1  # threads that read and decode; -1: one a core, at most 16; 0: none
     data.max_bad_share = 0.01  # share of unreadable images that is still tolerated
 
     config.model = model = ConfigDict()  # the vision transformer

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
+from beit_jax.data import jpeg
 from beit_jax.data.decode import BadImage, decode
 
 
@@ -213,3 +215,62 @@ def test_truncated_files_are_refused(form):
 def test_float_tiff_is_refused_with_its_type():
     with pytest.raises(BadImage, match="float32"):
         rgb(encode(Image.fromarray(picture()).convert("F"), "TIFF"))
+
+
+PHOTO = Image.fromarray(load_sample_image("china.jpg")[:301, :399])
+TURN = Image.Exif()
+TURN[274] = 6
+
+
+@pytest.mark.parametrize(
+    ("options", "quick"),
+    [
+        ({}, True),
+        ({"subsampling": 0}, True),
+        ({"subsampling": 1}, True),
+        ({"progressive": True}, True),
+        ({"restart_marker_rows": 1}, True),
+        ({"progressive": True, "restart_marker_blocks": 3, "comment": b"x" * 300}, True),
+        ({"exif": TURN}, False),
+        ({"keep_rgb": True}, False),
+    ],
+)
+def test_a_box_of_a_jpeg_is_what_the_whole_has_there(options, quick, monkeypatch, capfd):
+    data = encode(PHOTO, "JPEG", quality=90, **options)
+    whole, seen = rgb(data), []
+    original = jpeg.simplejpeg.decode_jpeg
+    monkeypatch.setattr(
+        jpeg.simplejpeg, "decode_jpeg", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1]
+    )
+    height, width = whole.shape[:2]
+    for top, left, h, w in [(0, 3, 1, 5), (10, 0, 87, width), (100, 7, 64, 64), (40, 0, 255, 9)]:
+        box = (top, left, min(h, height - top), w)
+        found = decode(data, channels=3, max_value=255, box_of=lambda h, w, box=box: box)
+        np.testing.assert_array_equal(found, whole[top : top + h, left : left + w])
+    assert [len(rows) for rows in seen] == ([17, 113, 180, 301] if quick else [])
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_a_box_of_other_images_and_channels(form):
+    data = encode(PHOTO.convert("L"), form)
+    for channels in (1, 3):
+        found = decode(
+            data, channels=channels, max_value=255, box_of=lambda h, w: (9, 8, 20, w - 8)
+        )
+        np.testing.assert_array_equal(found, rgb(data, channels)[9:29, 8:])
+
+
+def test_a_jpeg_cut_short_is_refused_even_where_the_box_is_whole():
+    data = encode(PHOTO, "JPEG")
+    with pytest.raises(BadImage):
+        decode(data[: len(data) // 2], channels=3, max_value=255, box_of=lambda h, w: (0, 0, 9, 9))
+
+
+def test_a_jpeg_with_a_broken_head_is_refused():
+    """Its size can be read, its rows cannot."""
+    data = bytearray(encode(PHOTO, "JPEG"))
+    tables = data.index(b"\xff\xc4")
+    data[tables + 4 : tables + 30] = b"\xff" * 26  # no Huffman table has so many codes
+    with pytest.raises(BadImage):
+        decode(bytes(data), channels=3, max_value=255, box_of=lambda h, w: (0, 0, 9, 9))

@@ -414,16 +414,16 @@ def test_training_resizes_photographs_as_pillow_does(sides):
             *image.shape[:2], (0.05, 1.0), (3 / 4, 4 / 3), chance.random(DRAWS)
         )
         crop = np.ascontiguousarray(image[top : top + height, left : left + width])
-        for view, seen in resize_quickly(crop, views).items():
-            error = np.square(seen - resize(crop, view).astype(float)).mean()
+        for view in views:
+            error = np.square(resize_quickly(crop, view) - resize(crop, view).astype(float)).mean()
             assert 10 * np.log10(255**2 / error) > 37, (height, width, view)
 
 
 def test_training_keeps_every_channel_and_what_pillow_alone_can_do():
     image = np.random.default_rng(0).integers(0, 256, (300, 300, 5), np.uint8)
     mixed, one = View((200, 299), "bicubic"), image[..., :1]
-    assert resize_quickly(image, [mixed])[mixed].shape == (200, 299, 5)
-    assert resize_quickly(one, [mixed])[mixed].shape == (200, 299, 1)
+    assert resize_quickly(image, mixed).shape == (200, 299, 5)
+    assert resize_quickly(one, mixed).shape == (200, 299, 1)
     exact = [View((200, 200), "nearest"), View((100, 100), "nearest"), View((60, 60), "bicubic")]
-    for view, seen in resize_quickly(image, exact).items():
-        np.testing.assert_array_equal(seen, resize(image, view))
+    for view in exact:
+        np.testing.assert_array_equal(resize_quickly(image, view), resize(image, view))

@@ -5,15 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from sklearn.datasets import load_sample_image
 
 from beit_jax import tasks
 from beit_jax.augment import normalize
+from beit_jax.data import geometry
+from beit_jax.data.geometry import View
 from beit_jax.errors import UserError
 from beit_jax.task import row_keys
-from beit_jax.tasks.targets import Pixels
+from beit_jax.tasks.targets import Pixels, Tokens
+from beit_jax.tokenizer import Tokenizer
 
 RANDOM = np.random.default_rng(0)
-BATCH = {name: RANDOM.integers(0, 256, (4, 8, 8, 1), np.uint8) for name in ("image", "token_image")}
+BATCH = {"image": RANDOM.integers(0, 256, (4, 8, 8, 1), np.uint8)}
 KEYS = row_keys(0, 0, jnp.arange(4))
 
 
@@ -46,10 +50,39 @@ def values(task, params, *, training: bool):
     return {name: float(x) for name, x in run(params, task.frozen).items()}
 
 
-def test_the_token_view_is_resized_as_the_tokenizer_was_trained(tokenizer, tmp_path):
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("factor", [8, 13, 16])
+def test_the_device_makes_the_tokenizers_view_as_pillow_does(interpolation, factor):
+    target = tokens(interpolation, factor)
+    assert not target.views
+    images = load_sample_image("flower.jpg")[:224, :448][None]
+    found = jax.jit(target.look)({"image": images / np.float32(255)})[0]
+    view = View((14 * factor, 28 * factor), interpolation)
+    wanted = geometry.resize(images[0], view).astype(np.float32)
+    # Pillow cuts and rounds to whole numbers after each axis, we cut after both.
+    assert np.sqrt(np.square(255 * found - wanted).mean()) < 0.6
+    assert found.min() >= 0 and found.max() <= 1
+
+
+@pytest.mark.parametrize(("interpolation", "factor"), [("lanczos", 17), ("box", 8)])
+def test_the_host_makes_a_tokenizers_view_of_more_pixels_or_by_a_box(interpolation, factor):
+    target = tokens(interpolation, factor)
+    view = View((14 * factor, 28 * factor), interpolation)
+    assert target.views == {"token_image": view}
+    shown = jnp.zeros((2, *view.size, 3))
+    assert target.look({"image": jnp.zeros((2, 224, 448, 3)), "token_image": shown}) is shown
+
+
+def tokens(interpolation, factor):
+    """The codes of a tokenizer that was trained so, for patches of 16 pixels."""
+    parts = dict.fromkeys(Tokenizer._fields) | {"interpolation": interpolation, "factor": factor}
+    return Tokens(Tokenizer(**parts), (14, 28), (224, 448))
+
+
+def test_the_tokenizers_view_is_resized_as_it_was_trained(tokenizer, tmp_path):
     task, _ = build(tmp_path, tokenizer__path=str(tokenizer))
-    assert task.views["token_image"].interpolation == "lanczos"
-    assert task.views["image"].interpolation == "bicubic"
+    assert task.loss_fn.__self__.target.view.interpolation == "lanczos"
+    assert task.views == {"image": View((8, 8), "bicubic")}
 
 
 def test_all_patches_count_in_training_and_the_masked_ones_in_evaluation(tokenizer, tmp_path):
@@ -65,7 +98,7 @@ def test_all_patches_count_in_training_and_the_masked_ones_in_evaluation(tokeniz
     @jax.jit
     def by_hand(params, frozen):
         hidden = parts.masked_indices(KEYS)
-        labels = parts.target.labels(frozen, {"token_image": BATCH["token_image"] / 255})
+        labels = parts.target.labels(frozen, {"image": BATCH["image"] / 255})
         (logits,) = parts.model.apply({"params": params}, images, hidden, read=read)
         return logits, labels
 

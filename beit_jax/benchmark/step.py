@@ -16,7 +16,7 @@ from beit_jax import architecture, checkpoint, tasks
 from beit_jax.benchmark import flops, peer, profile, timing
 from beit_jax.run import Run
 from beit_jax.task import Batch, Task, row_keys
-from beit_jax.tasks import mim, targets
+from beit_jax.tasks import mim
 from beit_jax.tokenizer import Tokenizer, from_weights
 from beit_jax.train import TrainState
 
@@ -133,7 +133,7 @@ def _with_tokenizer(config, source, run: Path):
     params = jax.jit(partial(network.init, method="encode"))(jax.random.key(0), jnp.zeros(shapes))
     weights = checkpoint.Weights(params["params"], {}, dvae, "random weights", "", "weights")
     tokens = from_weights(weights, "the benchmark", config.model.dtype)
-    return mim.assemble(config, source, targets.Tokens(tokens, mim.patch_grid(config)), {})
+    return mim.assemble(config, source, mim.tokens_of(config, tokens), {})
 
 
 def _with_labels_for_nothing(config, source, run: Path):
@@ -156,4 +156,4 @@ def _with_labels_for_nothing(config, source, run: Path):
         pictures=None,
         nats=None,
     )
-    return mim.assemble(config, source, targets.Tokens(free, mim.patch_grid(config)), {})
+    return mim.assemble(config, source, mim.tokens_of(config, free), {})

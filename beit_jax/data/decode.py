@@ -11,12 +11,15 @@ measurement is the same grey in every image.
 import contextlib
 import functools
 import io
+from collections.abc import Callable
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import tifffile
 from PIL import Image
+
+from beit_jax.data import jpeg
 
 cv2.setNumThreads(1)  # one image per thread: the pipeline's threads are the parallelism
 # What cannot be read is reported by name, once, by the pipeline.
@@ -37,8 +40,11 @@ _TURNS = {  # EXIF orientation -> the operation that undoes it; 1 is upright
 }
 # Of one image, as Pillow has it; 0.5 GB in RGB. A file of a few kB can claim to be any size.
 MAX_PIXELS = 178_956_970
-_HEADED = (b"\xff\xd8\xff", b"\x89PNG\r\n")  # of which Pillow tells the size at once: JPEG, PNG
+_HEADED = (jpeg.START, b"\x89PNG\r\n")  # of which the size is told at once: JPEG, PNG
 _ORIENTATION = 274  # the tag's number, in EXIF and in TIFF
+
+
+BoxOf = Callable[[int, int], tuple[int, int, int, int]]
 
 
 class BadImage(Exception):
@@ -52,8 +58,10 @@ class Pixels(NamedTuple):
     alpha: bool = False  # whether the last of 4 channels is opacity
 
 
-def decode(image: bytes | np.ndarray, *, channels: int, max_value: int) -> np.ndarray:
-    """Decodes one image to uint8 [H, W, channels].
+def decode(
+    image: bytes | np.ndarray, *, channels: int, max_value: int, box_of: BoxOf | None = None
+) -> np.ndarray:
+    """Decodes one image, or a box of it, to uint8 [H, W, channels].
 
     Args:
         image: an encoded file (JPEG, PNG, WebP, BMP, TIFF, GIF, PNM or NumPy's .npy), or pixels
@@ -61,14 +69,36 @@ def decode(image: bytes | np.ndarray, *, channels: int, max_value: int) -> np.nd
         channels: wanted. 3 takes grey (repeated), RGB and RGBA; 1 takes the same by luma; every
             other number, and every other image, must agree.
         max_value: the value of a 16-bit image that becomes 255; larger ones become 255 too.
+        box_of: from the image's height and width to the box's top, left, height and width, a pure
+            function; None takes all. Of most JPEG files the rows below the box are not decoded.
 
     Raises:
         BadImage: it cannot be decoded, or its channels do not fit.
     """
+    if box_of is not None and channels == 3 and (head := _plain_jpeg(image)):
+        top, left, height, width = box_of(head.height, head.width)
+        with contextlib.suppress(ValueError):  # what is wrong is said below, if anything is
+            return jpeg.first_rows(image, head, top + height)[top:, left : left + width]
     values, alpha = read_pixels(image)
     if values.dtype == np.uint16:
         values = _scale_table(max_value)[values]
-    return np.ascontiguousarray(_to_channels(values, alpha, channels))
+    values = np.ascontiguousarray(_to_channels(values, alpha, channels))
+    if box_of is None:
+        return values
+    top, left, height, width = box_of(*values.shape[:2])
+    return values[top : top + height, left : left + width]
+
+
+def _plain_jpeg(image: bytes | np.ndarray) -> jpeg.Head | None:
+    """The head of a JPEG file of which the first rows can be had alone, else None."""
+    if isinstance(image, np.ndarray) or not image.startswith(jpeg.START):
+        return None
+    try:
+        head = jpeg.read_head(image)
+    except ValueError:
+        return None
+    plain = head.height * head.width <= MAX_PIXELS and jpeg.is_plain(image, head)
+    return head if plain else None
 
 
 def read_pixels(image: bytes | np.ndarray) -> Pixels:
@@ -95,6 +125,9 @@ def read_size(image: bytes | np.ndarray) -> tuple[int, int]:
 
 def _claimed_size(data: bytes) -> tuple[int, int]:
     """Width and height in a file's head; raises BadImage where they are too large, or OSError."""
+    if data.startswith(jpeg.START):
+        head = jpeg.read_head(data)
+        return _check_size(head.width, head.height)
     try:
         with Image.open(io.BytesIO(data)) as picture:
             return _check_size(*picture.size)
@@ -115,7 +148,7 @@ def _from_bytes(data: bytes) -> Pixels:
         return _tiff(data)
     with contextlib.suppress(OSError, SyntaxError, ValueError):  # OpenCV may read it all the same
         _claimed_size(data)
-    if data[:3] == b"\xff\xd8\xff":  # JPEG, always 3 channels: OpenCV turns and converts
+    if data.startswith(jpeg.START):  # always 3 channels: OpenCV turns and converts
         return Pixels(_opencv(data, cv2.IMREAD_COLOR_RGB))
     pixels = _from_opencv(_opencv(data, cv2.IMREAD_UNCHANGED))
     if b"eXIf" in data or b"EXIF" in data:  # PNG's and WebP's chunk; this flag does not turn them

@@ -1,7 +1,6 @@
 """Which part of an image is taken, and how it becomes a view."""
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import cv2
@@ -116,25 +115,16 @@ def resize(image: np.ndarray, view: View, box: Box | None = None) -> np.ndarray:
     return np.stack([np.asarray(plane.resize(size, method, box=box)) for plane in planes], axis=-1)
 
 
-def resize_quickly(image: np.ndarray, views: Iterable[View]) -> dict[View, np.ndarray]:
-    """`resize` of a whole image to each of `views` for training, many times as fast.
+def resize_quickly(image: np.ndarray, view: View) -> np.ndarray:
+    """`resize` of a whole image for training, many times as fast.
 
-    A view of half another's size is made from that one. On photographs all stay above 37 dB of
-    `resize` (bicubic). Views of fewer than 64 pixels across, where every pixel counts and none
-    costs, and other interpolations than bicubic and lanczos are those of `resize`.
+    On photographs it stays above 37 dB of `resize` (bicubic). Views of fewer than 64 pixels across,
+    where every pixel counts and none costs, and other interpolations than bicubic and lanczos are
+    those of `resize`.
     """
-    made = {}
-    for view in sorted(set(views), key=lambda view: view.size, reverse=True):
-        if min(view.size) < 64 or view.interpolation not in _SMOOTH:
-            made[view] = resize(image, view)
-            continue
-        double = (2 * view.size[0], 2 * view.size[1])
-        larger = (made[v] for v in made if v.size == double and v.interpolation in _SMOOTH)
-        made[view] = _shrink(next(larger, image), *view.size)
-    return made
-
-
-_SMOOTH = ("bicubic", "lanczos")
+    if min(view.size) < 64 or view.interpolation not in ("bicubic", "lanczos"):
+        return resize(image, view)
+    return _shrink(image, *view.size)
 
 
 def _shrink(image: np.ndarray, down: int, across: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 
 from beit_jax.data import rand_augment
 from beit_jax.data.bad_files import BadFiles
-from beit_jax.data.decode import BadImage, decode
+from beit_jax.data.decode import BadImage, BoxOf, decode
 from beit_jax.data.geometry import (
     DRAWS,
     Augmentation,
@@ -69,23 +69,30 @@ class Reader:
         """What belongs to the image; raises BadImage or OSError where that cannot be read."""
         return record.label
 
-    def read(self, index: int) -> tuple[np.ndarray, Any] | None:
-        """An image uint8 [H, W, ch] and what belongs to it; None, and a note, if unreadable."""
+    def read(self, index: int, box_of: BoxOf | None = None) -> tuple[np.ndarray, Any] | None:
+        """An image uint8 [H, W, ch] and what belongs to it; None, and a note, if unreadable.
+
+        With `box_of`, that of `decode`, what its box shows of the image.
+        """
         try:
             record = self.source[index]
-            image = decode(record.image, channels=self.channels, max_value=self._max_value)
+            image = decode(
+                record.image, channels=self.channels, max_value=self._max_value, box_of=box_of
+            )
             return image, self.belonging(index, record, image)
         except (BadImage, OSError) as error:
             self._bad.add(index, self.source.name(index), str(error))
             return None
 
-    def readable(self, position: int, seed: int) -> tuple[np.ndarray, Any]:
+    def readable(
+        self, position: int, seed: int, box_of: BoxOf | None = None
+    ) -> tuple[np.ndarray, Any]:
         """`read` at a position of training, or the next readable one in the order of its epoch."""
         length = len(self.source)
         epoch, place = divmod(position, length)
         for step in range(min(length, _MAX_NEIGHBOURS)):
             neighbour = epoch * length + (place + step) % length
-            if found := self.read(shuffled_index(neighbour, seed, length)):
+            if found := self.read(shuffled_index(neighbour, seed, length), box_of):
                 return found
         raise self._bad.error(f"{step + 1} images in a row")
 
@@ -106,13 +113,15 @@ class ViewReader(Reader):
         return functools.partial(self._evaluation_example, eval_crop)
 
     def _training_example(self, seed: int, augmentation: Augmentation, position: int) -> Example:
-        image, label = self.readable(position, seed)
         chance = generator(position, seed)
         draws = chance.random(DRAWS + 1)
-        scale, ratio = augmentation.crop_scale, augmentation.crop_ratio
-        top, left, height, width = random_crop(*image.shape[:2], scale, ratio, draws[:DRAWS])
+
+        def box_of(height: int, width: int) -> tuple[int, int, int, int]:
+            scale, ratio = augmentation.crop_scale, augmentation.crop_ratio
+            return random_crop(height, width, scale, ratio, draws[:DRAWS])
+
         # Cut first: the resampling kernel must not see beyond the crop, as in torchvision.
-        crop = image[top : top + height, left : left + width]
+        crop, label = self.readable(position, seed, box_of)
         flipped = draws[DRAWS] < augmentation.flip
         plan = None
         if augmentation.magnitude:
@@ -123,8 +132,7 @@ class ViewReader(Reader):
                 seen = cv2.flip(seen, 1).reshape(seen.shape)
             return seen if plan is None else rand_augment.apply(seen, plan, augmentation.mean)
 
-        made = resize_quickly(crop, self._views.values())
-        made = {view: finish(seen) for view, seen in made.items()}
+        made = {view: finish(resize_quickly(crop, view)) for view in set(self._views.values())}
         return {**self._named(made), "label": np.int32(label)}
 
     def _named(self, made: dict[View, np.ndarray]) -> Example:

@@ -1,7 +1,7 @@
 """BEiT pre-training: predict the tokenizer's codes of the masked patches (Bao et al. 2022).
 
-Each image is seen in two views of one crop: the encoder's, and the tokenizer's, whose grid of codes
-lines up with the encoder's grid of patches.
+A crop is seen by the encoder and, at another size, by the tokenizer, whose grid of codes lines up
+with the encoder's grid of patches.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from beit_jax.models.beit import MaskedImageModel
 from beit_jax.pictures import picture_rows
 from beit_jax.task import Purpose, Task, Weights, example_weights, keys_for, row_keys
 from beit_jax.tasks.targets import Pixels, Tokens
-from beit_jax.tokenizer import frozen_tokenizer
+from beit_jax.tokenizer import Tokenizer, frozen_tokenizer
 
 
 def patch_grid(config) -> tuple[int, int]:
@@ -50,7 +50,7 @@ class Pretraining(NamedTuple):
         return self.model.init(key, images, indices)["params"], {}
 
     def views(self, batch):
-        """The batch's views of each crop, [B, H, W, channels] in [0, 1]."""
+        """The host's views of each crop, [B, H, W, channels] in [0, 1]."""
         return {name: to_unit(batch[name]) for name in ("image", *self.target.views)}
 
     def loss_fn(self, params, model_state, frozen, batch, keys, step):
@@ -213,7 +213,12 @@ def _target(config, grid: tuple[int, int], run: Path):
             f"config.data.image_size and config.model.patch_size make {ours} patches; change them "
             "or take a tokenizer for that grid."
         )
-    return Tokens(tokenizer, grid), copies
+    return tokens_of(config, tokenizer), copies
+
+
+def tokens_of(config, tokenizer: Tokenizer) -> Tokens:
+    """A tokenizer's codes as what the config's encoder predicts."""
+    return Tokens(tokenizer, patch_grid(config), tuple(config.data.image_size))
 
 
 def _picture_evaluator(parts: Pretraining, config):
