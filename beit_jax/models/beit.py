@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from beit_jax.errors import UserError
-from beit_jax.models.layers import TORCH_INIT, LayerNorm, float32_sums, scaled
+from beit_jax.models.layers import TORCH_INIT, LayerNorm, scaled
+from beit_jax.models.ops import float32_sums
 from beit_jax.models.vit import ViT, block_keys, make_block
 
 

@@ -14,32 +14,10 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from beit_jax.errors import UserError
+from beit_jax.models.ops import ACTIVATIONS, attend, layer_norm
 
 Initializer = initializers.Initializer
-# Computed again in the backward pass, as reading its input costs less than keeping what the
-# derivative is made of, in float32.
-LayerNorm = partial(nn.remat(nn.LayerNorm), epsilon=1e-6, use_fast_variance=False)
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution's integral up to x, by erf in float32 as PyTorch computes it.
-
-    flax's, by erfc, is exact further down the tail but takes three times as long on a CPU.
-    """
-    y = x.astype(jnp.float32)
-    return (0.5 * y * (1 + jax.lax.erf(y * 2**-0.5))).astype(x.dtype)
-
-
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """CLIP's approximation of `gelu`."""
-    return x * nn.sigmoid(1.702 * x)
-
-
-# In the backward pass they are computed again from their input: of the several wide arrays that
-# their derivatives are made of none is kept.
-ACTIVATIONS = {"gelu": jax.checkpoint(gelu), "quick_gelu": jax.checkpoint(quick_gelu)}
 QKV_BIASES = ("qv", "qkv", "none")
-float32_sums = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 
 def clipped_normal(key, shape, dtype=jnp.float32) -> jax.Array:
@@ -90,6 +68,19 @@ TORCH_INIT = Init(kaiming_uniform, kaiming_uniform, uniform_bias, uniform_bias)
 def scaled(init: Initializer, factor: float) -> Initializer:
     """An initialiser's draw times a factor."""
     return lambda key, shape, dtype=jnp.float32: init(key, shape, dtype) * factor
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` with learned scale and bias: [..., D] -> [..., D] in `dtype`."""
+
+    epsilon: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", initializers.zeros, (x.shape[-1],))
+        return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -178,43 +169,6 @@ class Projection(nn.Dense):
             kernel, bias = kernel * gain[None], bias * gain
         y = x @ kernel.astype(self.dtype)
         return y + jnp.expand_dims(bias.astype(self.dtype), range(y.ndim - 1))
-
-
-@jax.custom_vjp
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Scaled dot-product attention: q, k, v [B, heads, L, d], bias float32 [heads, L, L] or None.
-
-    The gradient is written out, since the derived one is slower and keeps more. With weights P and
-    output O that of the logits is P (dP - D), where D sums dO O over d numbers (Dao et al. 2022,
-    section 3.1) in place of dP P over L, and products are of the compute dtype.
-    """
-    return _attend(q, k, v, bias)[0]
-
-
-def _attend(q, k, v, bias):
-    q = q * q.shape[-1] ** -0.5
-    logits = jnp.matmul(q, k.mT, preferred_element_type=jnp.float32)
-    if bias is not None:
-        logits = logits + bias[None]
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = weights @ v
-    return out, (q, k, v, bias, weights, out)
-
-
-def _attend_backward(kept, d_out):
-    q, k, v, bias, weights, out = kept
-    d_v = weights.mT @ d_out
-    mean = jnp.sum(d_out * out, axis=-1, keepdims=True, dtype=jnp.float32)
-    d_weights = jnp.matmul(d_out, v.mT, preferred_element_type=jnp.float32)
-    d_logits = weights * (d_weights - mean)
-    d_bias = None
-    if bias is not None:  # a product with ones: XLA's own sum over the batch takes a CPU's one core
-        d_bias = jnp.einsum("b,bhqk->hqk", jnp.ones(len(q)), d_logits)
-    d_logits = d_logits.astype(v.dtype)
-    return (d_logits @ k) * q.shape[-1] ** -0.5, d_logits.mT @ q, d_v, d_bias
-
-
-attend.defvjp(_attend, _attend_backward)
 
 
 class Attention(nn.Module):

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from beit_jax.models.layers import LayerNorm, float32_sums
+from beit_jax.models.layers import LayerNorm
+from beit_jax.models.ops import float32_sums
 from beit_jax.models.vit import ViT
 
 

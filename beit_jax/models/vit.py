@@ -8,7 +8,6 @@ from flax import linen as nn
 
 from beit_jax.errors import UserError
 from beit_jax.models.layers import (
-    ACTIVATIONS,
     MIM_INIT,
     QKV_BIASES,
     Block,
@@ -17,6 +16,7 @@ from beit_jax.models.layers import (
     PatchEmbed,
     RelativePositionBias,
 )
+from beit_jax.models.ops import ACTIVATIONS
 
 POSITIONS = (
     "absolute",

@@ -12,7 +12,8 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from beit_jax.models import quantizer
-from beit_jax.models.layers import LayerNorm, float32_sums
+from beit_jax.models.layers import LayerNorm
+from beit_jax.models.ops import float32_sums
 from beit_jax.models.vit import ViT
 
 
