@@ -17,7 +17,8 @@ Usage: launch/tpu_vm.sh create  NAME --zone=ZONE --type=TYPE [--version=IMAGE] [
   run      starts `python -m beit_jax.main ARGUMENT ...` on every worker, after stopping what an
            earlier `run` left; a run goes on from its last checkpoint. It lives on when this ends.
   keep     creates, installs and runs, and does so again whenever the slice is preempted or a host of
-           it restarts, until the run has finished or failed; leave it running in a tmux, say
+           it restarts, until the run has finished or failed, or is lost 5 times in a row within half
+           an hour on a slice that stays; leave it running in a tmux, say
   log      the last lines of every worker's log, or of one worker's
 Also --project=PROJECT (default: gcloud's own) and --dry-run (prints the commands, runs nothing).
 
@@ -33,6 +34,8 @@ HELP
 }
 
 PAUSE=${PAUSE:-60} # seconds between two looks of `keep`
+SOON=1800          # seconds within which a run that is lost on a slice that stays was of no use
+MOST_LOST=5        # such runs in a row that `keep` takes
 
 fail() {
     echo "$*" >&2
@@ -150,8 +153,9 @@ keep() {
     local slice=("$name" --zone="$zone" ${project:+--project="$project"} ${dry_run:+--dry-run}) state
     ((${#arguments[@]})) || nothing_to_run
     check_kind
-    local kind=(--type="$type" --version="$version" ${spot:+--spot})
+    local kind=(--type="$type" --version="$version" ${spot:+--spot}) lost=0 started
     while true; do
+        started=$SECONDS
         "$0" create "${slice[@]}" "${kind[@]}" && "$0" install "${slice[@]}" &&
             "$0" run "${slice[@]}" -- "${arguments[@]}" || true # its verdict follows
         [[ -z $dry_run ]] || return 0
@@ -160,6 +164,10 @@ keep() {
         finished) echo "The run on $name has finished." && return ;;
         failed) log || true && fail "The run on $name has failed; the logs are above." ;;
         esac
+        lost=$((SECONDS - started < SOON ? lost + 1 : 0))
+        [[ $(slice_state) == READY ]] || lost=0
+        ((lost < MOST_LOST)) || { log || true && fail "The run on $name was lost $lost times in a" \
+            "row, soon after its start; the logs are above."; }
         echo "$(date -u +%FT%TZ) the run on $name is lost; starting it again."
         sleep "$PAUSE"
     done

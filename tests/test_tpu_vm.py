@@ -172,6 +172,7 @@ exec -a "python -m beit_jax.main" bash -c "sleep 0.2; ${{ends[times]}}"
             ["was killed (signal 9)", "has finished"],
         ),
         (["exit 1"], 1, "The run on beit has failed", ["failed with status 1"]),
+        (["exit 134"] * 6, 1, "was lost 5 times in a row", ["was ended by JAX"] * 5),
     ],
 )
 def test_a_run_is_kept_until_it_has_finished_or_failed(
