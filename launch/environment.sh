@@ -9,9 +9,6 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 VENV=${VENV:-.venv}
-# Large arrays lie in large pages, where Linux lets programs ask for them: JAX takes its memory anew
-# for every step, and on a CPU finding it page by page costs a tenth of the step.
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 fail() {
     echo "$*" >&2

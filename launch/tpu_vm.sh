@@ -138,7 +138,9 @@ verdict() {
     [[ $(slice_state) == READY ]] || { echo lost && return; }
     said=$(on_worker all "launch/worker.sh state") || { echo unknown && return; }
     said=$(grep -Ex "running|lost|ended [0-9]+" <<<"$said" | sort -u)
-    if grep -qvEx "running|lost|ended (0|130|134|137)" <<<"$said"; then
+    if [[ -z $said ]]; then
+        echo unknown
+    elif grep -qvEx "running|lost|ended (0|130|134|137|143)" <<<"$said"; then
         echo failed
     elif grep -qvEx "running|ended 0" <<<"$said"; then
         echo lost # stopped, killed, or ended because another was
@@ -153,13 +155,22 @@ keep() {
     local slice=("$name" --zone="$zone" ${project:+--project="$project"} ${dry_run:+--dry-run}) state
     ((${#arguments[@]})) || nothing_to_run
     check_kind
-    local kind=(--type="$type" --version="$version" ${spot:+--spot}) lost=0 started
+    local kind=(--type="$type" --version="$version" ${spot:+--spot}) lost=0 started unknown
     while true; do
-        started=$SECONDS
-        "$0" create "${slice[@]}" "${kind[@]}" && "$0" install "${slice[@]}" &&
+        started=$SECONDS unknown=0 state=lost # unless it can be started
+        if "$0" create "${slice[@]}" "${kind[@]}" && "$0" install "${slice[@]}"; then
             "$0" run "${slice[@]}" -- "${arguments[@]}" || true # its verdict follows
-        [[ -z $dry_run ]] || return 0
-        while state=$(verdict) && [[ $state == running || $state == unknown ]]; do sleep "$PAUSE"; done
+            [[ -z $dry_run ]] || return 0
+            while ((unknown < MOST_LOST)); do
+                state=$(verdict)
+                case $state in
+                running) unknown=0 ;;
+                unknown) unknown=$((unknown + 1)) ;;
+                *) break ;;
+                esac
+                sleep "$PAUSE"
+            done
+        fi
         case $state in
         finished) echo "The run on $name has finished." && return ;;
         failed) log || true && fail "The run on $name has failed; the logs are above." ;;

@@ -29,7 +29,7 @@ from beit_jax.data.pipeline import (
     eval_batches,
     train_batches,
 )
-from beit_jax.data.reader import shuffled_index
+from beit_jax.data.reader import generator, shuffled_index
 from beit_jax.data.record import Record
 from beit_jax.errors import UserError
 
@@ -141,6 +141,11 @@ def test_no_epoch_of_one_seed_is_an_epoch_of_another(length):
 
     orders = {order(seed, epoch) for seed in range(6) for epoch in range(6)}
     assert len(orders) == 36
+
+
+def test_chance_is_philox_keyed_by_seed_and_position():
+    keyed = np.random.Generator(np.random.Philox(key=np.array([7, 2**40], np.uint64)))
+    np.testing.assert_array_equal(generator(2**40, 7).random(9), keyed.random(9))
 
 
 def test_an_example_is_cut_anew_in_every_epoch():

@@ -64,8 +64,8 @@ def test_the_device_makes_the_tokenizers_view_as_pillow_does(interpolation, fact
     assert found.min() >= 0 and found.max() <= 1
 
 
-@pytest.mark.parametrize(("interpolation", "factor"), [("lanczos", 17), ("box", 8)])
-def test_the_host_makes_a_tokenizers_view_of_more_pixels_or_by_a_box(interpolation, factor):
+@pytest.mark.parametrize(("interpolation", "factor"), [("lanczos", 17), ("box", 8), ("nearest", 8)])
+def test_the_host_makes_a_tokenizers_view_of_more_pixels_or_of_other_kernels(interpolation, factor):
     target = tokens(interpolation, factor)
     view = View((14 * factor, 28 * factor), interpolation)
     assert target.views == {"token_image": view}

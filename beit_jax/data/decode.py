@@ -75,10 +75,10 @@ def decode(
     Raises:
         BadImage: it cannot be decoded, or its channels do not fit.
     """
-    if box_of is not None and channels == 3 and (head := _plain_jpeg(image)):
-        top, left, height, width = box_of(head.height, head.width)
-        with contextlib.suppress(ValueError):  # what is wrong is said below, if anything is
-            return jpeg.first_rows(image, head, top + height)[top:, left : left + width]
+    if box_of is not None and channels == 3:
+        crop = _jpeg_crop(image, box_of)
+        if crop is not None:
+            return crop
     values, alpha = read_pixels(image)
     if values.dtype == np.uint16:
         values = _scale_table(max_value)[values]
@@ -89,16 +89,17 @@ def decode(
     return values[top : top + height, left : left + width]
 
 
-def _plain_jpeg(image: bytes | np.ndarray) -> jpeg.Head | None:
-    """The head of a JPEG file of which the first rows can be had alone, else None."""
+def _jpeg_crop(image: bytes | np.ndarray, box_of: BoxOf) -> np.ndarray | None:
+    """The box of a JPEG file from its first rows; None where that is not for them to say."""
     if isinstance(image, np.ndarray) or not image.startswith(jpeg.START):
         return None
     try:
-        head = jpeg.read_head(image)
-    except ValueError:
+        image_width, image_height = _claimed_size(image)
+    except (BadImage, ValueError):  # as the decoder of the whole will say
         return None
-    plain = head.height * head.width <= MAX_PIXELS and jpeg.is_plain(image, head)
-    return head if plain else None
+    top, left, height, width = box_of(image_height, image_width)
+    rows = jpeg.first_rows(image, top + height)
+    return None if rows is None else rows[top:, left : left + width]
 
 
 def read_pixels(image: bytes | np.ndarray) -> Pixels:
@@ -126,8 +127,8 @@ def read_size(image: bytes | np.ndarray) -> tuple[int, int]:
 def _claimed_size(data: bytes) -> tuple[int, int]:
     """Width and height in a file's head; raises BadImage where they are too large, or OSError."""
     if data.startswith(jpeg.START):
-        head = jpeg.read_head(data)
-        return _check_size(head.width, head.height)
+        height, width = jpeg.read_size(data)
+        return _check_size(width, height)
     try:
         with Image.open(io.BytesIO(data)) as picture:
             return _check_size(*picture.size)

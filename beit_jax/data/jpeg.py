@@ -4,63 +4,70 @@ A crop for training ends, on average, well above an image's last row, and libjpe
 as many rows as a file's head announces: a smaller number there saves decoding the rest.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import simplejpeg
 
 START = b"\xff\xd8\xff"
 _END = b"\xff\xd9"
-# Codes of a frame's head: SOF0 to SOF15, between which three mean tables and extensions.
-_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Codes of markers: frames whose rows are coded one after the other (SOF0, SOF1), metadata, a scan.
+_SEQUENTIAL, _APP1, _SCAN = (0xC0, 0xC1), 0xE1, 0xDA
+_WHOLE = b"\x00\x3f\x00"  # how a scan's head ends that has all of each block
 # Rows below those wanted: their colours are smoothed with the next one's, and blocks are 8 or 16
 # rows high.
 _MARGIN = 16
 
 
-class Head(NamedTuple):
-    """What a file announces."""
-
-    height: int  # pixels, as stored
-    width: int
-    colours: str  # "YCbCr" in nearly all files
-
-
-def read_head(data: bytes) -> Head:
-    """The head of a file; raises ValueError where it is broken."""
+def read_size(data: bytes) -> tuple[int, int]:
+    """Height and width in pixels, as stored; raises ValueError where the head is broken."""
     try:
-        return Head(*simplejpeg.decode_jpeg_header(data, strict=False)[:3])
+        height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
     except KeyError:  # colours that simplejpeg has no name for
         raise ValueError("its colours are unknown") from None
+    return height, width
 
 
-def is_plain(data: bytes, head: Head) -> bool:
-    """Whether `first_rows` may stand in for a whole decoder.
+def first_rows(data: bytes, rows: int) -> np.ndarray | None:
+    """The first `rows` rows: RGB uint8 [rows, W, 3], as all rows would give them.
 
-    Not for other colours, an image that its EXIF tags may turn, and a file that is cut short, which
-    a decoder of all rows notices.
+    None where only a decoder of the whole can say: of other colours than YCbCr, of rows that are
+    not coded one after the other (progressive files), of an image that its EXIF tags may turn, of a
+    file that is cut short or odd in another way.
     """
-    return head.colours == "YCbCr" and b"Exif\0" not in data and data.endswith(_END)
-
-
-def first_rows(data: bytes, head: Head, rows: int) -> np.ndarray:
-    """The first `rows` rows of a plain file: RGB uint8 [rows, W, 3], as all rows would give them.
-
-    Raises ValueError where it cannot be decoded.
-    """
-    if rows + _MARGIN < head.height:
-        place = _height_place(data)
-        data = data[:place] + (rows + _MARGIN).to_bytes(2, "big") + data[place + 2 :]
-    # Not strict, since data go on after the last row. Else as OpenCV decodes.
-    image = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=False)
+    place = _rows_place(data)
+    if place is None or not data.endswith(_END):
+        return None
+    # Warnings are errors here. (With strict=False simplejpeg takes, after a warning, an error for
+    # one too, and rows stay what lay in memory.)
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except (KeyError, ValueError):
+        return None
+    if colours != "YCbCr":
+        return None
+    if rows + _MARGIN < height:
+        height = rows + _MARGIN
+        data = data[:place] + height.to_bytes(2, "big") + data[place + 2 :]
+    image = np.empty((height, width, 3), np.uint8)
+    try:  # as OpenCV decodes
+        simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, buffer=image)
+    except ValueError as error:
+        # The head is sound; that data go on after the last row is what may be said, and no more.
+        if "extraneous bytes before marker" not in str(error):
+            return None
     return image[:rows]
 
 
-def _height_place(data: bytes) -> int:
-    """Where the frame's head says, in two bytes, how many rows there are."""
-    place = 2  # after the file's own marker
-    while data[place : place + 1] == b"\xff":
-        if data[place + 1] in _FRAMES:
-            return place + 5
+def _rows_place(data: bytes) -> int | None:
+    """Where the head says, in two bytes, how many rows there are; None where they cannot be cut."""
+    place, found = len(START) - 1, None
+    while data[place : place + 1] == b"\xff" and place + 14 < len(data):
+        code = data[place + 1]
+        if code == _SCAN:
+            together = data[place + 4] == 3  # all colours in this scan, which is the only one
+            return found if together and data[place + 11 : place + 14] == _WHOLE else None
+        if code == _APP1 and data.startswith(b"Exif", place + 4):
+            return None
+        if code in _SEQUENTIAL:
+            found = place + 5
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    raise ValueError("its head is broken")
+    return None

@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import grain
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 from beit_jax.data import rand_augment
 from beit_jax.data.bad_files import BadFiles
@@ -52,10 +53,20 @@ def _permutation(seed: int, length: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(seed)).permutation(length)
 
 
+class _Key(ISeedSequence):
+    """Philox's key as it is; as its `key`, NumPy would first ask the system for entropy in vain."""
+
+    def __init__(self, *words: int):
+        self._words = np.array(words, np.uint64)
+
+    def generate_state(self, n_words: int, dtype=np.uint64) -> np.ndarray:
+        return self._words
+
+
 def generator(position: int, seed: int) -> np.random.Generator:
     """What chance decides about the example at a position."""
     # Counter-based, keyed by (seed, position): no state is carried along.
-    return np.random.Generator(np.random.Philox(key=np.array([seed, position], np.uint64)))
+    return np.random.Generator(np.random.Philox(_Key(seed, position)))
 
 
 class Reader:

@@ -33,7 +33,7 @@ ACTIVATIONS = {"gelu": jax.checkpoint(gelu), "quick_gelu": jax.checkpoint(quick_
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """Layer normalisation (Ba et al. 2016) of [..., D], in float32, returned in x's dtype.
+    """Layer normalisation (Ba et al. 2016) of [..., D] in float32, returned in x's dtype.
 
     The gradient is written out, since the derived one keeps or computes more: with normalised x as
     n and the gradient of n as d, that of x is (d - mean(d) - n mean(d n)) / deviation.

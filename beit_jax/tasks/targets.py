@@ -21,7 +21,7 @@ Images = Mapping[str, jax.Array]  # a view's name -> [B, H, W, ch] in [0, 1]
 
 
 # Names of what Pillow calls so, with the kernel's width growing where an image shrinks.
-_RESIZES = {"nearest": "nearest", "bilinear": "linear", "bicubic": "cubic", "lanczos": "lanczos3"}
+_RESIZES = {"bilinear": "linear", "bicubic": "cubic", "lanczos": "lanczos3"}
 
 
 class Tokens(NamedTuple):
@@ -44,7 +44,7 @@ class Tokens(NamedTuple):
 
     @property
     def views(self) -> dict[str, View]:
-        """`view`, where the host makes it: one with more to see than the encoder's, and by a box.
+        """`view`, where the host makes it: of more pixels than the encoder's, or by nearest or box.
 
         The others are made on the device, of the encoder's view, which takes next to nothing
         there; the host takes a fifth longer for each image with a second view.
