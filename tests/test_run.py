@@ -70,7 +70,7 @@ def test_evaluation_is_checked_before_training(changes, said, tokenizer, tmp_pat
         ("data.crop_ratio", (0.0, 1.0)), ("data.crop_ratio", (1.0,)), ("segment.resize", (1.0,)),
         ("segment.resize", (2.0, 0.5)), ("segment.pools", (1, 0)), ("segment.auxiliary_width", -1),
         ("data.crop_scale", (2.0, 3.0)), ("model.depth", 0),
-        ("model.dtype", "float99"), ("data.workers", -1), ("data.labels_per_class", -1),
+        ("model.dtype", "float99"), ("data.workers", -2), ("data.labels_per_class", -1),
         ("train.ema_decay", 2.0), ("train.max_skipped", 0), ("mesh.fsdp", 3),
     ],
 )  # fmt: skip
