@@ -19,6 +19,8 @@ verb, home = arguments[3], os.environ["WORKER_HOME"]
 if verb == "describe":
     print(os.environ.get("STATE", ""))
 elif verb == "scp":
+    if "NO_COPY" in os.environ:
+        sys.exit(1)
     shutil.copy(arguments[4], os.path.join(home, arguments[5].split(":")[1]))
 elif verb == "ssh":
     command = next(a for a in arguments if a.startswith("--command=")).split("=", 1)[1]
@@ -190,6 +192,17 @@ def test_a_run_is_kept_until_it_has_finished_or_failed(
     for line, end in zip(last_lines, logged, strict=True):
         assert end in line
     assert "create" not in {call[3] for call in slice_of_one.calls()}
+
+
+def test_the_end_of_an_earlier_run_is_not_that_of_one_that_could_not_start(slice_of_one, tmp_path):
+    assert slice_of_one("install", "beit", "--zone=z").returncode == 0
+    finished = ENDS.format(count=tmp_path / "count", ends='"exit 0"')
+    executable(slice_of_one.home / ".venv/bin/python", finished)
+    kept = ["keep", "beit", "--zone=z", "--type=v4-32", "--", "--workdir=/shared/run"]
+    assert "has finished" in slice_of_one(*kept, STATE="READY", PAUSE="0.1").stdout
+    result = slice_of_one(*kept, STATE="READY", PAUSE="0.1", NO_COPY="yes")
+    assert result.returncode == 1 and "has finished." not in result.stdout
+    assert "was lost 5 times in a row" in result.stderr
 
 
 def test_a_lost_slice_is_made_again(slice_of_one):
