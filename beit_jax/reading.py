@@ -61,7 +61,7 @@ def eval_batch_size(config, mesh) -> int:
     return -(-config.eval.batch_size // mesh.size) * mesh.size
 
 
-_MOST_WORKERS = 16  # by default; they share one lock of Python, which allows some ten at work
+_MOST_WORKERS = 16  # by default; each holds Python's lock for about a quarter of its time
 
 
 def workers(config) -> int:

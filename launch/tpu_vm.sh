@@ -35,7 +35,7 @@ HELP
 
 PAUSE=${PAUSE:-60} # seconds between two looks of `keep`
 SOON=1800          # seconds within which a run that is lost on a slice that stays was of no use
-MOST_LOST=5        # such runs in a row that `keep` takes
+MOST_LOST=5        # such runs in a row that `keep` takes, and looks that no host answers
 
 fail() {
     echo "$*" >&2
@@ -151,26 +151,32 @@ verdict() {
     fi
 }
 
+# Waits until the run has ended, or its hosts do not answer any more; sets `state`, its verdict.
+watch_run() {
+    local unknown=0
+    while ((unknown < MOST_LOST)); do
+        state=$(verdict)
+        case $state in
+        running) unknown=0 ;;
+        unknown) unknown=$((unknown + 1)) ;;
+        *) break ;;
+        esac
+        sleep "$PAUSE"
+    done
+}
+
 keep() {
     local slice=("$name" --zone="$zone" ${project:+--project="$project"} ${dry_run:+--dry-run}) state
     ((${#arguments[@]})) || nothing_to_run
     check_kind
-    local kind=(--type="$type" --version="$version" ${spot:+--spot}) lost=0 started unknown
+    local kind=(--type="$type" --version="$version" ${spot:+--spot}) lost=0 started
     while true; do
-        started=$SECONDS unknown=0 state=lost # unless it can be started
+        started=$SECONDS state=lost # unless it can be started
         if "$0" create "${slice[@]}" "${kind[@]}" && "$0" install "${slice[@]}"; then
             "$0" run "${slice[@]}" -- "${arguments[@]}" || true # its verdict follows
-            [[ -z $dry_run ]] || return 0
-            while ((unknown < MOST_LOST)); do
-                state=$(verdict)
-                case $state in
-                running) unknown=0 ;;
-                unknown) unknown=$((unknown + 1)) ;;
-                *) break ;;
-                esac
-                sleep "$PAUSE"
-            done
+            [[ -n $dry_run ]] || watch_run
         fi
+        [[ -z $dry_run ]] || return 0
         case $state in
         finished) echo "The run on $name has finished." && return ;;
         failed) log || true && fail "The run on $name has failed; the logs are above." ;;

@@ -1,6 +1,7 @@
 """Every kind of image file, against Pillow or against the pixels it was written from."""
 
 import io
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -222,6 +223,17 @@ TURN = Image.Exif()
 TURN[274] = 6
 
 
+def fill_memory(monkeypatch, value, shapes=None):
+    """Has jpeg.py find memory full of a value; notes the shapes that it asks for."""
+
+    def empty(shape, dtype):
+        if shapes is not None:
+            shapes.append(shape)
+        return np.full(shape, value, dtype)
+
+    monkeypatch.setattr(jpeg, "np", SimpleNamespace(empty=empty, uint8=np.uint8))
+
+
 @pytest.mark.parametrize(
     ("options", "quick"),
     [
@@ -238,8 +250,7 @@ TURN[274] = 6
 def test_a_box_of_a_jpeg_is_what_the_whole_has_there(options, quick, monkeypatch, capfd):
     data = encode(PHOTO, "JPEG", quality=90, **options)
     whole, seen = rgb(data), []
-    original = jpeg.np.empty
-    monkeypatch.setattr(jpeg.np, "empty", lambda *a: seen.append(a[0]) or original(*a))
+    fill_memory(monkeypatch, 0, seen)
     height, width = whole.shape[:2]
     for top, left, h, w in [(0, 3, 1, 5), (10, 0, 87, width), (100, 7, 64, 64), (40, 0, 255, 9)]:
         box = (top, left, min(h, height - top), w)
@@ -280,9 +291,7 @@ def test_broken_jpegs_never_show_what_lay_in_memory(options, monkeypatch):
             broken[place] = chance.choice([0, 255, chance.integers(256)])
         found = []
         for memory in (0x55, 0xAA):
-            monkeypatch.setattr(
-                jpeg.np, "empty", lambda shape, dtype, fill=memory: np.full(shape, fill, dtype)
-            )
+            fill_memory(monkeypatch, memory)
             try:
                 crop = decode(bytes(broken), channels=3, max_value=255, box_of=some_box)
                 found.append(crop.tobytes())

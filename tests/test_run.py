@@ -1,12 +1,14 @@
 """What a run refuses before it costs anything, and what it leaves alone."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
-from beit_jax import checkpoint, frozen, metrics
+from beit_jax import checkpoint, frozen, metrics, reading
 from beit_jax.errors import UserError
 from configs import mim_base
 
@@ -43,6 +45,14 @@ def test_the_papers_recipe_reads_a_folder(photos, tmp_path):
     assert {name: x.shape for name, x in batch.items()} == {
         "image": (8, 224, 224, 3), "label": (8,)
     }  # fmt: skip
+
+
+def test_readers_are_one_a_core_unless_said_otherwise(monkeypatch):
+    for cores, asked, wanted in [(3, -1, 3), (64, -1, 16), (3, 0, 0), (3, 5, 5)]:
+        monkeypatch.setattr(
+            os, "sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False
+        )
+        assert reading.workers(tiny.config("mim", data__workers=asked)) == wanted
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,12 @@ def test_a_lost_slice_is_made_again(slice_of_one):
     assert "--spot" in steps[1] and "/r" in steps[-1]
 
 
+def test_a_dry_run_of_what_cannot_be_made_ends(slice_of_one):
+    kept = ["keep", "beit", "--zone=z", "--type=v4-32", "--dry-run", "--", "--workdir=/r"]
+    result = slice_of_one(*kept, STATE="CREATING")
+    assert "state CREATING" in result.stderr and "lost" not in result.stdout
+
+
 def test_a_busy_slice_is_left_alone(slice_of_one):
     result = slice_of_one("create", "beit", "--zone=z", "--type=v4-32", STATE="CREATING")
     assert result.returncode == 1 and "state CREATING" in result.stderr

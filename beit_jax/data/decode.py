@@ -43,7 +43,7 @@ MAX_PIXELS = 178_956_970
 _HEADED = (jpeg.START, b"\x89PNG\r\n")  # of which the size is told at once: JPEG, PNG
 _ORIENTATION = 274  # the tag's number, in EXIF and in TIFF
 
-
+# An image's height and width -> a box's top, left, height and width, all in pixels.
 BoxOf = Callable[[int, int], tuple[int, int, int, int]]
 
 
@@ -69,8 +69,8 @@ def decode(
         channels: wanted. 3 takes grey (repeated), RGB and RGBA; 1 takes the same by luma; every
             other number, and every other image, must agree.
         max_value: the value of a 16-bit image that becomes 255; larger ones become 255 too.
-        box_of: from the image's height and width to the box's top, left, height and width, a pure
-            function; None takes all. Of most JPEG files the rows below the box are not decoded.
+        box_of: a pure function from the image's size to the box; None takes all. Of most JPEG files
+            the rows below the box are not decoded.
 
     Raises:
         BadImage: it cannot be decoded, or its channels do not fit.
@@ -125,7 +125,10 @@ def read_size(image: bytes | np.ndarray) -> tuple[int, int]:
 
 
 def _claimed_size(data: bytes) -> tuple[int, int]:
-    """Width and height in a file's head; raises BadImage where they are too large, or OSError."""
+    """Width and height in a file's head; raises BadImage where they are too large.
+
+    A head that is broken raises OSError or, of a JPEG file, ValueError.
+    """
     if data.startswith(jpeg.START):
         height, width = jpeg.read_size(data)
         return _check_size(width, height)

@@ -1,4 +1,4 @@
-"""Arithmetic of the layers whose gradient is not left to JAX alone.
+"""Arithmetic of the layers: sums in float32, and functions with gradients of their own.
 
 What a derivative is made of is either kept or computed again; which is cheaper was measured.
 """

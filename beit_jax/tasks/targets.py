@@ -18,9 +18,7 @@ from beit_jax.task import Sums, mean_of_sums
 from beit_jax.tokenizer import Tokenizer
 
 Images = Mapping[str, jax.Array]  # a view's name -> [B, H, W, ch] in [0, 1]
-
-
-# Names of what Pillow calls so, with the kernel's width growing where an image shrinks.
+# JAX's names of Pillow's kernels; both widen them where an image shrinks.
 _RESIZES = {"bilinear": "linear", "bicubic": "cubic", "lanczos": "lanczos3"}
 
 
@@ -46,8 +44,8 @@ class Tokens(NamedTuple):
     def views(self) -> dict[str, View]:
         """`view`, where the host makes it: of more pixels than the encoder's, or by nearest or box.
 
-        The others are made on the device, of the encoder's view, which takes next to nothing
-        there; the host takes a fifth longer for each image with a second view.
+        The others are made on the device, of the encoder's view. From 224 to 112 pixels that is
+        0.05 GFLOP an image, and spares the host a resize and a quarter of the bytes to send.
         """
         size, interpolation = self.view
         within = all(ours <= theirs for ours, theirs in zip(size, self.image_size, strict=True))
