@@ -109,7 +109,12 @@ def test_the_commands_of_pages_run_one_after_the_other(pages, folder):
     """In a process of their own on one device, where programs compile soon and run slowly."""
     done = subprocess.run(
         [sys.executable, __file__, *pages],
-        env=os.environ | {"XLA_FLAGS": tiny.CHEAP, "PYTHONPATH": str(ROOT)},
+        env=os.environ
+        | {
+            "XLA_FLAGS": tiny.CHEAP,
+            "PYTHONPATH": str(ROOT),
+            "TFDS_DATA_DIR": str(folder / "tensorflow_datasets"),  # other tests want it empty
+        },
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
