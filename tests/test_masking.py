@@ -101,13 +101,14 @@ def test_topping_up_only_adds_patches_and_adds_them_anywhere():
 def test_the_loop_over_blocks_is_long_enough():
     """Twice the turns change no mask that matters: the bound cuts off less than 1 in 1,000."""
     grid, num_masked = (14, 14), 75
-    turns = masking._num_blocks(grid, num_masked)
-    draws = masking._draw_candidates(jax.random.key(0), 2 * turns * 2_000, 0.3)
-    draws = [draw.reshape(2_000, 2 * turns, 10) for draw in draws]
+    turns = masking._num_turns(grid, num_masked)
+    drawn = masking._draw(jax.random.key(0), 4 * 2_000 * 2 * turns * 5)
+    numbers = masking._numbers(drawn.reshape(4, 2_000, 2 * turns, 5), 0.3)
+    free = masking._all_free(grid)
     place = jax.jit(
-        jax.vmap(lambda *d: masking._place_blocks(d, grid, num_masked, min_block=16)[0])
+        jax.vmap(lambda *n: masking._place_blocks(n, free, grid, num_masked, min_block=16)[0])
     )
-    long, short = place(*draws), place(*(draw[:, :turns] for draw in draws))
+    long, short = place(*numbers), place(*(number[:, :turns] for number in numbers))
     assert (long != short).any(axis=(1, 2)).mean() < 1e-3
 
 
@@ -171,8 +172,8 @@ def test_refused_blocks_are_exactly_those_that_never_fit():
     """Against drawing: a block is refused where 2,000 single draws all come back without one."""
     for grid in [(2, 9), (3, 5), (4, 4), (2, 2)]:
         for area in range(1, min(grid[0] * grid[1], 12) + 1):
-            drawn = masking._draw_candidates(jax.random.key(area), 200, 0.3)
+            drawn = masking._draw(jax.random.key(area), 4 * 2_000).reshape(4, 400, 5)
             blocks = jax.vmap(
-                lambda *d, area=area, grid=grid: masking._candidates(d, area, grid, area)
-            )(*drawn)
+                lambda *n, area=area, grid=grid: masking._candidates(n, area, grid, area)
+            )(*masking._numbers(drawn, 0.3))
             assert masking._fits(area, grid, 0.3) == bool(blocks.any()), (grid, area)
