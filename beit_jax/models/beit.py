@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from beit_jax.errors import UserError
-from beit_jax.models.layers import TORCH_INIT, LayerNorm, scaled
-from beit_jax.models.ops import float32_sums
+from beit_jax.models.layers import TORCH_INIT, LayerNorm, Linear, scaled
 from beit_jax.models.vit import ViT, block_keys, make_block
 
 
@@ -119,4 +118,4 @@ class Classifier(nn.Module):
 
 
 # Logits are summed and kept in float32: bfloat16 cannot tell close ones of 8,192 codes apart.
-_head = partial(nn.Dense, dot_general=float32_sums)
+_head = partial(Linear, sums=jnp.float32)

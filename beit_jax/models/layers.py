@@ -107,13 +107,13 @@ class PatchEmbed(nn.Module):
         kernel = self.param("kernel", self.initial.patch_kernel, shape)
         # Same sums as the usual strided convolution, but one matrix product on every backend.
         x = images.reshape(batch, height // size, size, width // size, size, channels)
-        x = x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
+        x = x.swapaxes(2, 3).reshape(-1, size * size * channels)
         x = x.astype(self.dtype) @ kernel.astype(self.dtype).reshape(-1, self.width)
         if self.use_bias:
             initial = self.initial.patch_bias(size * size * channels)
             bias = self.param("bias", initial, (self.width,))
-            x = x + bias.astype(self.dtype)[None, None]
-        return x
+            x = x + bias.astype(self.dtype)[None]
+        return x.reshape(batch, -1, self.width)
 
 
 def relative_position_rows(grid: tuple[int, int]) -> int:
@@ -153,22 +153,32 @@ class RelativePositionBias(nn.Module):
         return jnp.moveaxis(bias, -1, 0)
 
 
-class Projection(nn.Dense):
-    """A linear layer [..., D'] -> [..., D] whose output may be multiplied by a gain [D].
+class Linear(nn.Module):
+    """A linear layer [..., D'] -> [..., D], computed in `dtype` and returned in that of its sums.
 
-    The gain is multiplied into kernel and bias, which gives the same values. The gain's gradient
-    then is a sum over D' numbers of the kernel's, not over every token, whose output before the
-    gain need not be kept for it either.
+    The output may be multiplied by a gain [D]: multiplied into kernel and bias, which gives the
+    same values. The gain's gradient then is a sum over D' numbers of the kernel's, not over every
+    token, whose output before the gain need not be kept for it either.
     """
+
+    features: int  # D
+    kernel_init: Initializer
+    bias_init: Initializer | None = initializers.zeros  # None: no bias
+    dtype: jnp.dtype = jnp.float32
+    sums: jnp.dtype | None = None  # None: `dtype`
 
     @nn.compact
     def __call__(self, x: jax.Array, gain: jax.Array | None = None) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", self.bias_init, (self.features,))
+        bias = self.bias_init and self.param("bias", self.bias_init, (self.features,))
         if gain is not None:
-            kernel, bias = kernel * gain[None], bias * gain
-        y = x @ kernel.astype(self.dtype)
-        return y + jnp.expand_dims(bias.astype(self.dtype), range(y.ndim - 1))
+            kernel, bias = kernel * gain[None], None if bias is None else bias * gain
+        # All tokens in one axis: with more, XLA's CPU transposes copies for the kernel's gradient.
+        tokens = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        y = jnp.matmul(tokens, kernel.astype(self.dtype), preferred_element_type=self.sums)
+        if bias is not None:
+            y = y + bias.astype(self.dtype)[None]
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class Attention(nn.Module):
@@ -192,11 +202,11 @@ class Attention(nn.Module):
         self, x: jax.Array, bias: jax.Array | None = None, gain: jax.Array | None = None
     ) -> jax.Array:
         batch, length, width = x.shape
-        dense = partial(nn.Dense, dtype=self.dtype)
-        qkv = dense(
+        qkv = Linear(
             3 * width,
-            use_bias=self.qkv_bias == "qkv",
-            kernel_init=self.initial.weight,
+            self.initial.weight,
+            initializers.zeros if self.qkv_bias == "qkv" else None,
+            dtype=self.dtype,
             name="qkv",
         )(x)
         if self.qkv_bias == "qv":
@@ -212,13 +222,7 @@ class Attention(nn.Module):
         q, k, v = qkv.reshape(batch, length, 3, self.heads, -1).transpose(2, 0, 3, 1, 4)
         x = attend(q, k, v, bias).swapaxes(1, 2).reshape(batch, length, width)
         out = scaled(self.initial.weight, self.output_scale)
-        return Projection(
-            width,
-            dtype=self.dtype,
-            kernel_init=out,
-            bias_init=self.initial.bias(width),
-            name="proj",
-        )(x, gain)
+        return Linear(width, out, self.initial.bias(width), dtype=self.dtype, name="proj")(x, gain)
 
 
 class Mlp(nn.Module):
@@ -233,15 +237,13 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, gain: jax.Array | None = None) -> jax.Array:
         width, weight, bias = x.shape[-1], self.initial.weight, self.initial.bias
-        y = nn.Dense(
-            self.hidden, dtype=self.dtype, kernel_init=weight, bias_init=bias(width), name="fc1"
-        )(x)
+        y = Linear(self.hidden, weight, bias(width), dtype=self.dtype, name="fc1")(x)
         y = ACTIVATIONS[self.activation](y)
-        return Projection(
+        return Linear(
             width,
+            scaled(weight, self.output_scale),
+            bias(self.hidden),
             dtype=self.dtype,
-            kernel_init=scaled(weight, self.output_scale),
-            bias_init=bias(self.hidden),
             name="fc2",
         )(y, gain)
 

@@ -1,4 +1,4 @@
-"""Arithmetic of the layers: sums in float32, and functions with gradients of their own.
+"""Arithmetic of the layers: functions with gradients of their own.
 
 What a derivative is made of is either kept or computed again; which is cheaper was measured.
 """
@@ -8,8 +8,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-
-float32_sums = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 
 def gelu(x: jax.Array) -> jax.Array:

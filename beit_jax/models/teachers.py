@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from beit_jax.models.layers import LayerNorm
-from beit_jax.models.ops import float32_sums
+from beit_jax.models.layers import LayerNorm, Linear
 from beit_jax.models.vit import ViT
 
 
@@ -36,12 +35,7 @@ class Tower(nn.Module):
         x = LayerNorm(epsilon=vit.norm_epsilon, dtype=vit.dtype, name="norm")(x)
         if not self.projection:
             return Features(x.astype(jnp.float32), None)
-        dense = nn.Dense(
-            self.projection,
-            use_bias=False,
-            kernel_init=vit.initial.weight,
-            dot_general=float32_sums,
-            dtype=vit.dtype,
-            name="projection",
+        dense = Linear(
+            self.projection, vit.initial.weight, None, vit.dtype, jnp.float32, name="projection"
         )
         return Features(x.astype(jnp.float32), dense(x))

@@ -12,8 +12,7 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from beit_jax.models import quantizer
-from beit_jax.models.layers import LayerNorm
-from beit_jax.models.ops import float32_sums
+from beit_jax.models.layers import LayerNorm, Linear
 from beit_jax.models.vit import ViT
 
 
@@ -46,15 +45,20 @@ class VQKD(nn.Module):
     def setup(self):
         vit = self.encoder
         norm = dict(epsilon=vit.norm_epsilon, dtype=vit.dtype)
-        dense = partial(nn.Dense, kernel_init=vit.initial.weight)
+        dense = partial(Linear, kernel_init=vit.initial.weight, dtype=vit.dtype)
         # Full float32 on every backend: tokens must not hang on rounding.
-        exact = partial(dense, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+        exact = partial(
+            nn.Dense,
+            kernel_init=vit.initial.weight,
+            dtype=jnp.float32,
+            precision=jax.lax.Precision.HIGHEST,
+        )
         self.encoder_norm = LayerNorm(**norm)
         self.to_code_1 = exact(vit.width)
         self.to_code_2 = exact(self.code_width)
         self.decoder_norm = LayerNorm(**norm)
-        self.to_teacher_1 = dense(self.decoder.width, dtype=vit.dtype)
-        self.to_teacher_2 = dense(self.teacher_width, dtype=vit.dtype, dot_general=float32_sums)
+        self.to_teacher_1 = dense(self.decoder.width)
+        self.to_teacher_2 = dense(self.teacher_width, sums=jnp.float32)
         shape = (self.codes, self.code_width)
         self.vectors = self.variable(
             "codebook",
