@@ -43,7 +43,7 @@ overdue=0    # whether the rest is being killed
 signals=0    # how often this script was asked to stop
 
 start() {
-    local process=$1 share=$((gpus / number)) out
+    local process=$1 share=$((gpus / number)) out asked
     shift
     exec {out}> >(trap '' INT TERM && exec sed --unbuffered "s/^/[$process] /")
     markers+=($!)
@@ -52,7 +52,9 @@ start() {
     "$VENV/bin/python" -u -m beit_jax.main "$@" --coordinator="localhost:$port" \
         --num_processes="$number" --process_id="$process" >&"$out" 2>&1 &
     pids+=($!)
-    running+=("$process")
+    # One command, which no signal divides: `stop` has told this process, or it is told here.
+    asked=$signals running+=("$process")
+    ((asked == 0)) || kill -TERM "${pids[process]}" 2>/dev/null || true
     exec {out}>&-
 }
 
