@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from beit_jax.errors import UserError
 
 _ATTEMPTS = 10  # candidates for one block, as in the official code
-_TOGETHER = 5  # of them in one turn of the loop: the first of these is mostly good enough
+_TOGETHER = 5  # candidates of one turn of the loop; most blocks are found among the first few
 _WORD = 16  # columns of the grid in one unsigned integer; a row of the grid is one or more words
 
 
@@ -60,7 +60,10 @@ def blockwise_mask(
 
 
 def random_mask(key: jax.Array, grid: tuple[int, int], num_masked: int) -> jax.Array:
-    """Masks exactly `num_masked` patches, every choice equally likely: bool [h, w]."""
+    """Masks exactly `num_masked` patches, every choice equally likely: bool [h, w].
+
+    But for ties of the 16-bit numbers that decide: one pair in 2**16, where the later patch wins.
+    """
     free = _all_free(grid)
     free = _take(free, jnp.int32(num_masked), _draw(key, _WORD * free.size), grid)
     return ~_unpack(free, grid)
@@ -115,9 +118,9 @@ def num_masked_patches(
 
 def _draw(key: jax.Array, number: int) -> jax.Array:
     """Independent random words: uint16 [number]."""
-    # Drawn flat: a threefry draw of three short axes is ten times as slow on a CPU. Of 16 bits:
-    # the generator makes 32 at a time.
-    words = jax.random.bits(key, (-(-number // 2),))
+    # Drawn flat: a threefry draw of three short axes is ten times as slow on a CPU. The generator
+    # makes 32 bits at a time: 16 are enough for each number here, which halves its work.
+    words = jax.random.bits(key, (-(-number // 2),), jnp.uint32)
     return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:number]
 
 
@@ -184,27 +187,27 @@ def _candidates(
 def _take(free: jax.Array, count: jax.Array, drawn: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """What is left of `free` patches, uint16 [words, h], after `count` of them are taken at random.
 
-    A patch's lot is a number of 16 bits of chance, `drawn` [16 * words * h], with its position
-    below them, so that no two are equal; the highest are taken. Bit by bit, for all patches at
-    once, those that have it are counted: many times as fast as sorting on a CPU, and the count may
-    differ between images.
+    Each patch has a number: 16 random bits, `drawn` [16 * words * h], and below them its position,
+    so that no two are equal. Those with the highest numbers are taken. They are found from the
+    highest bit down: are those of the undecided patches that have the bit set more than are still
+    to be taken, or not? That is many times as fast as sorting on a CPU, and `count` may be traced.
     """
     positions = jnp.arange(grid[0] * grid[1], dtype=jnp.uint32).reshape(grid)
     digits = jnp.arange(positions.size.bit_length() - 1, -1, -1, dtype=jnp.uint32)
     places = _pack((positions[None] >> digits[:, None, None]) & 1)
 
     def decide(state: tuple, bit: jax.Array) -> tuple:
-        undecided, left, count = state
-        those = undecided & bit
-        number = _count(those)
+        undecided, remaining, count = state
+        having = undecided & bit
+        number = _count(having)
         enough = number >= count
-        left = jnp.where(enough, left, left & ~those)
-        undecided = jnp.where(enough, those, undecided & ~bit)
-        return (undecided, left, jnp.where(enough, count, count - number)), None
+        remaining = jnp.where(enough, remaining, remaining & ~having)
+        undecided = jnp.where(enough, having, undecided & ~bit)
+        return (undecided, remaining, jnp.where(enough, count, count - number)), None
 
     bits = jnp.concatenate([drawn.reshape(_WORD, *free.shape), places])
-    (last, left, count), _ = jax.lax.scan(decide, (free, free, count), bits)
-    return jnp.where(count > 0, left & ~last, left)
+    (last, remaining, count), _ = jax.lax.scan(decide, (free, free, count), bits)
+    return jnp.where(count > 0, remaining & ~last, remaining)
 
 
 def _count(words: jax.Array) -> jax.Array:
@@ -241,13 +244,14 @@ def _unpack(words: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 
 def _num_turns(grid: tuple[int, int], num_masked: int) -> int:
-    """Turns of the loop over candidates; M blocks of one patch would be the most.
+    """Turns of the loop over candidates.
 
-    Far fewer are needed: a block takes about half of what is still wanted, and is harder to find
-    the fuller the grid is (14x14 with M = 75: 5.1 turns on average, 12 here). Measured on grids
-    from 4x8 to 40x40 and shares from 0.38 to 0.95, the bound cuts off at most one draw in 1,000
-    with a minimum block of 16 patches, as published, in 190 with one of 4 and in 70 with one of 1.
-    What a cut leaves is a few patches, which topping up adds where exactly M are asked for.
+    A block takes about half of what is still wanted, and is harder to find the fuller the grid is
+    (14x14 with M = 75: 5.1 turns on average, 12 here). With a minimum block of 16 patches, as
+    published, the bound cuts off at most one draw in 1,000; with one of 4, one in 190 on grids of
+    4x8, 8x8, 14x14, 16x16, 24x24, 40x40 and 12x40, and one in 70 on 4x40; with one of 1, one in 70
+    on those and one in 9 on 4x40 (measured at shares from 0.38 to 0.95). What a cut leaves is a few
+    patches, which topping up adds where exactly M are asked for.
     """
     patches = grid[0] * grid[1]
     crowding = math.sqrt(patches / max(patches - num_masked, 1))

@@ -43,16 +43,19 @@ overdue=0    # whether the rest is being killed
 signals=0    # how often this script was asked to stop
 
 start() {
-    local process=$1 share=$((gpus / number)) out asked
+    local process=$1 share=$((gpus / number)) gpu devices="" out asked
     shift
     exec {out}> >(trap '' INT TERM && exec sed --unbuffered "s/^/[$process] /")
     markers+=($!)
     ((share == 0)) || export JAX_LOCAL_DEVICE_IDS
-    JAX_LOCAL_DEVICE_IDS=$(seq --separator=, $((process * share)) $((process * share + share - 1)))
+    # No $(...) in here: while bash waits for one, a Ctrl-C may be lost.
+    for ((gpu = process * share; gpu < (process + 1) * share; gpu++)); do devices+=,$gpu; done
+    JAX_LOCAL_DEVICE_IDS=${devices#,}
     "$VENV/bin/python" -u -m beit_jax.main "$@" --coordinator="localhost:$port" \
         --num_processes="$number" --process_id="$process" >&"$out" 2>&1 &
     pids+=($!)
-    # One command, which no signal divides: `stop` has told this process, or it is told here.
+    # One command, so that no signal comes between: either `stop` found this process among those
+    # that run, or it had been asked for before and is made up for here.
     asked=$signals running+=("$process")
     ((asked == 0)) || kill -TERM "${pids[process]}" 2>/dev/null || true
     exec {out}>&-
@@ -90,7 +93,7 @@ look() {
 trap stop INT TERM
 trap 'send KILL' EXIT # leaves nothing behind, whatever happens here
 deadline=$((SECONDS + PATIENCE))
-for ((process = 0; process < number; process++)); do start "$process" "$@"; done
+for ((process = 0; process < number && signals == 0; process++)); do start "$process" "$@"; done
 until ((${#running[@]} == 0)); do
     sleep 0.1 || true # Ctrl-C ends it
     look

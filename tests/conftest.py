@@ -15,6 +15,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
     " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+    # Programs that compile soon and run slowly: a test's time goes into compiling.
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share that of the session's first process
     _cache = tempfile.TemporaryDirectory(prefix="beit_jax_cache_")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import tiny
 
 from beit_jax import lock, main, preemption
 
@@ -31,7 +32,7 @@ def _begin(function: Callable, folder: Path, *arguments) -> None:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
     # Read when the devices are first asked for, which is only now.
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    os.environ.update(tiny.on_devices(1))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     function(folder, *arguments)
 

@@ -21,10 +21,9 @@ from beit_jax import distributed, metrics, preemption
 from beit_jax.errors import UserError
 
 STEPS, SAVED = 40, 5
-# One device a process, and half the time to compile, in which nearly all of it goes.
 ONE_DEVICE = {
     **os.environ,
-    "XLA_FLAGS": tiny.CHEAP,
+    **tiny.on_devices(1),
     "PYTHONPATH": str(ROOT),
     "VENV": sys.prefix,
 }

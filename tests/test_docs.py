@@ -106,12 +106,12 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("pages", [["README.md", "docs/weights.md"], ["docs/tutorial.md"]])
 def test_the_commands_of_pages_run_one_after_the_other(pages, folder):
-    """In a process of their own on one device, where programs compile soon and run slowly."""
+    """In a process of their own, on one device."""
     done = subprocess.run(
         [sys.executable, __file__, *pages],
         env=os.environ
+        | tiny.on_devices(1)
         | {
-            "XLA_FLAGS": tiny.CHEAP,
             "PYTHONPATH": str(ROOT),
             "TFDS_DATA_DIR": str(folder / "tensorflow_datasets"),  # other tests want it empty
         },

@@ -37,7 +37,7 @@ TINY = (
 def command(*flags) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "beit_jax.main", *map(str, flags)],
-        env=os.environ | {"XLA_FLAGS": tiny.CHEAP},
+        env=os.environ | tiny.on_devices(1),
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,7 @@
 """Runs small enough for tests, on the digits: one of every task that trains."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -23,9 +24,6 @@ from configs import (
     digits_vqkd,
 )
 
-# XLA's flags for programs that compile soon and run slowly; for a process on one device.
-SOON = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-CHEAP = f"--xla_force_host_platform_device_count=1{SOON}"
 RECIPES = {
     "dvae": digits_dvae,
     "mim": digits_mim,
@@ -163,6 +161,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def on_devices(number: int) -> dict[str, str]:
+    """The environment variable with which a process of a test has so many CPU devices."""
+    flags = os.environ["XLA_FLAGS"]
+    return {"XLA_FLAGS": re.sub(r"(device_count)=\d+", rf"\1={number}", flags)}
+
+
 def two_processes(tree, folder: Path) -> None:
     """Trains in two processes of four CPU devices each, joined over loopback."""
     port = free_port()
@@ -172,7 +176,7 @@ def two_processes(tree, folder: Path) -> None:
     started = [
         subprocess.Popen(
             [sys.executable, script, f"localhost:{port}", str(i), folder],
-            env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count=4{SOON}"},
+            env=os.environ | on_devices(4),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -154,7 +154,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Linear(nn.Module):
-    """A linear layer [..., D'] -> [..., D], computed in `dtype` and returned in that of its sums.
+    """A linear layer [..., D'] -> [..., D], of operands in `dtype`, summed and returned in `sums`.
 
     The output may be multiplied by a gain [D]: multiplied into kernel and bias, which gives the
     same values. The gain's gradient then is a sum over D' numbers of the kernel's, not over every
@@ -170,13 +170,14 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, gain: jax.Array | None = None) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.bias_init and self.param("bias", self.bias_init, (self.features,))
         if gain is not None:
-            kernel, bias = kernel * gain[None], None if bias is None else bias * gain
+            kernel = kernel * gain[None]
         # All tokens in one axis: with more, XLA's CPU transposes copies for the kernel's gradient.
         tokens = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         y = jnp.matmul(tokens, kernel.astype(self.dtype), preferred_element_type=self.sums)
-        if bias is not None:
+        if self.bias_init is not None:
+            bias = self.param("bias", self.bias_init, (self.features,))
+            bias = bias if gain is None else bias * gain
             y = y + bias.astype(self.dtype)[None]
         return y.reshape(*x.shape[:-1], self.features)
 
