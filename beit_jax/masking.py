@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from beit_jax.errors import UserError
 
 _ATTEMPTS = 10  # candidates for one block, as in the official code
-_TOGETHER = 5  # candidates of one turn of the loop; most blocks are found among the first few
+_TOGETHER = 5  # candidates of one turn, a divisor of _ATTEMPTS; the first few are mostly enough
 _WORD = 16  # columns of the grid in one unsigned integer; a row of the grid is one or more words
 
 

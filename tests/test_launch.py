@@ -82,7 +82,7 @@ def test_ctrl_c_while_processes_are_being_started_ends_all(clone):
     waiting = "while true; do sleep 0.1; done"
     others = f"((number == 0)) && kill -INT $PPID; {waiting}"
     result = local_processes(clone, "30", OTHERS=others, ONE=waiting)
-    assert "[0] saved" in result.stdout and "[29] on" not in result.stdout
+    assert "[0] saved" in result.stdout
     assert result.returncode in (130, 143)  # 143: of one that was ended before it could save
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic of the layers: functions with gradients of their own.
+"""Arithmetic of the layers whose gradient is not left to JAX alone.
 
 What a derivative is made of is either kept or computed again; which is cheaper was measured.
 """
