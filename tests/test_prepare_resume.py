@@ -241,18 +241,19 @@ def test_a_killed_run_goes_on(tmp_path, capsys):
     assert run(source, tmp_path / "whole", "folder") == 0
     flags = ["folder", str(source), "--name=data", f"--data_dir={tmp_path / 'parts'}"]
     killed = f"""
-import os, signal, sys
+import os, signal
 from beit_jax import prepare
-from beit_jax.data import checked, shards, tfds_writer
+from beit_jax.data import shards
 shards.SHARD_EXAMPLES = {SHARD}
-read, count = checked.read_pixels, [0]
-def reading(image):
-    count[0] += 1
-    if count[0] == 14:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return read(image)
-checked.read_pixels = reading
-prepare.main({[*flags, "--workers=1", "--holdout=0.3"]})
+count = [0]
+class Writer(shards.array_record_module.ArrayRecordWriter):
+    def write(self, example):
+        count[0] += 1
+        if count[0] == {2 * SHARD + 2}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().write(example)
+shards.array_record_module.ArrayRecordWriter = Writer
+prepare.main({[*flags, "--holdout=0.3"]})
 """
     assert subprocess.run([sys.executable, "-c", killed], cwd=ROOT).returncode == -9
     assert list(left_folder(tmp_path / "parts").glob("*.unfinished"))
