@@ -31,7 +31,7 @@ def test_maps_are_the_last_blocks_attention(positions, qkv_bias, monkeypatch):
     attend, seen = layers.attend, []
 
     def watched(q, k, v, bias):
-        logits = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
         seen.append(jax.nn.softmax(logits if bias is None else logits + bias[None]))
         return attend(q, k, v, bias)
 

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import Primitive
 
 from beit_jax.architecture import images_of, make_masked_image_model
 from beit_jax.benchmark import __main__ as benchmark
@@ -58,6 +59,14 @@ def test_flops_follow_loops_and_convolutions():
         )
 
     assert matrix_flops(convolve, image, kernel) == 2 * (2 * 4 * 4 * 7) * (3 * 3 * 3)
+
+
+@pytest.mark.parametrize("name, products", [("fwd", 2), ("bwd_wrapper", 4)])
+def test_flops_of_fused_attention_are_counted_by_its_name(name, products):
+    fused = Primitive(f"dot_product_attention_{name}")
+    fused.def_abstract_eval(lambda q, k, v: q)
+    q = jnp.zeros((2, 6, 3, 8))
+    assert matrix_flops(lambda x: fused.bind(x, x, x), q) == products * 2 * 2 * 3 * 6**2 * 8
 
 
 def test_parts_of_a_program_add_up():

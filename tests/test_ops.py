@@ -3,10 +3,11 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
-from beit_jax.models.ops import attend, layer_norm
+from beit_jax.models.ops import attend, exact_product, float32_product, layer_norm
 
 pytestmark = pytest.mark.smoke
 
@@ -33,16 +34,68 @@ def test_layer_norm_has_the_gradient_of_its_definition(dtype, close, shape):
 @pytest.mark.parametrize("biased", [True, False])
 def test_attention_has_the_gradient_of_its_definition(dtype, close, biased):
     keys = jax.random.split(jax.random.key(0), 5)
-    shape = (3, 2, 7, 4)
+    shape = (3, 7, 2, 4)
     q, k, v, wanted = (jax.random.normal(key, shape, dtype) for key in keys[:4])
     bias = jax.random.normal(keys[4], (2, 7, 7)) if biased else None
 
     def defined(q, k, v, bias):
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-        logits = jnp.einsum("bhqd,bhkd->bhqk", q / 2, k)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q / 2, k)
         logits = logits if bias is None else logits + bias[None]
-        return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(logits), v).astype(dtype)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), v).astype(dtype)
 
     found, ours = jax.vjp(attend, q, k, v, bias)
     expected, derived = jax.vjp(defined, q, k, v, bias)
     chex.assert_trees_all_close((found, ours(wanted)), (expected, derived(wanted)), atol=close)
+
+
+def test_no_token_attends_to_padding():
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (3, 8, 2, 4)) for key in keys[:3])
+    bias = jax.random.normal(keys[3], (2, 7, 7))
+    found = attend(q, k, v, bias)[:, :7]
+    chex.assert_trees_all_close(found, attend(q[:, :7], k[:, :7], v[:, :7], bias), atol=1e-6)
+    assert (
+        jnp.abs(found - attend(q, k, v, jnp.pad(bias, ((0, 0), (0, 1), (0, 1))))[:, :7]).max() > 0.1
+    )
+
+
+def product_operands(dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x in dtype, a kernel in float32 and a gradient of their product."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (40, 300)).astype(dtype)
+    return x, jax.random.normal(keys[1], (300, 20)), jax.random.normal(keys[2], (40, 20))
+
+
+def off(found, expected) -> float:
+    """How far off an array is, as a share of what is expected."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dtype, gradient_off", [("float32", 1e-6), ("bfloat16", 0.01)])
+def test_an_exact_product_does_not_round_its_kernel(dtype, gradient_off):
+    x, kernel, wanted = product_operands(dtype)
+    found, gradient = jax.jit(
+        lambda *a: (exact_product(*a), jax.vjp(exact_product, *a)[1](wanted))
+    )(x, kernel)
+    wide = np.asarray(x, np.float64)
+    exact = wide @ np.asarray(kernel, np.float64)
+    rounded = float32_product(x, kernel.astype(dtype))
+    assert found.dtype == jnp.float32 and off(found, exact) < 1e-5
+    assert dtype == "float32" or off(rounded, exact) > 1e-3
+    assert off(gradient[0], wanted @ kernel.T) < gradient_off
+    assert off(gradient[1], wide.T @ wanted) < gradient_off
+
+
+@pytest.mark.parametrize("dtype, gradient_off", [("float32", 1e-6), ("bfloat16", 0.01)])
+def test_a_product_in_float32_has_gradients_in_the_operands_dtype(dtype, gradient_off):
+    x, kernel, wanted = product_operands(dtype)
+    kernel = kernel.astype(dtype)
+    found, pull = jax.vjp(float32_product, x, kernel)
+    wide = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    assert found.dtype == jnp.float32 and off(found, wide[0] @ wide[1]) < 1e-6
+    gradient = pull(wanted)
+    assert gradient[0].dtype == gradient[1].dtype == dtype
+    assert off(gradient[0], wanted @ wide[1].T) < gradient_off
+    assert off(gradient[1], wide[0].T @ wanted) < gradient_off

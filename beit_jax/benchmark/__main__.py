@@ -6,6 +6,7 @@ alike: trust the ratios rather than the times.
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -38,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def command() -> int:
         options, overrides = _parser().parse_known_args(arguments)
+        if options.peer:  # else JAX takes most of a GPU's memory, and PyTorch has none
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         config = _config(options, overrides)
         with tempfile.TemporaryDirectory(prefix="beit_jax_benchmark_") as folder:
             found = {

@@ -1,6 +1,7 @@
 """The peer: Hugging Face's BEiT in PyTorch, doing the same work on the same images."""
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import jax
@@ -28,9 +29,29 @@ def libraries(config) -> tuple[ModuleType, ModuleType]:
     return torch, transformers
 
 
-def make(
-    config, images: jax.Array, torch: ModuleType, transformers: ModuleType
-) -> dict[str, Callable[[], None]]:
+class Peer:
+    """A training step of the peer on one batch."""
+
+    def __init__(self, torch: ModuleType, network, optimizer, clip: float, loss: Callable):
+        """`loss` takes the network."""
+        self._torch, self._network, self._optimizer = torch, network, optimizer
+        self._clip, self._loss = clip, loss
+
+    def update(self) -> None:
+        """Makes one update; on a GPU it may still be at it afterwards."""
+        loss = self._loss(self._network)
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._torch.nn.utils.clip_grad_norm_(self._network.parameters(), self._clip)
+        self._optimizer.step()
+
+    def wait(self) -> None:
+        """Returns when all updates are made."""
+        if self._torch.cuda.is_available():
+            self._torch.cuda.synchronize()
+
+
+def make(config, images: jax.Array, torch: ModuleType, transformers: ModuleType) -> dict[str, Peer]:
     """Training steps of the peer: its head on the masked tokens as ours, and as it comes.
 
     Same sizes, drop path, masked share, optimizer and clipping; bfloat16 autocast and torch.compile
@@ -43,40 +64,41 @@ def make(
     """
     gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
     device = torch.device("cuda" if gpu else "cpu")
-    rows, masked = _masked(config, len(images))
+    masked = torch.tensor(_masked(config, len(images)), device=device)
+    rows = masked.flatten().nonzero()[:, 0]  # known before the step, so that it compiles whole
     pixels = np.array(images, np.float32).transpose(0, 3, 1, 2) / 127.5 - 1
-    pixels, masked = torch.tensor(pixels, device=device), torch.tensor(masked, device=device)
-    labels = torch.randint(config.dvae.vocabulary, (rows,), device=device)
+    pixels = torch.tensor(pixels, device=device)
+    labels = torch.randint(config.dvae.vocabulary, rows.shape, device=device)
 
-    def program(restricted: bool) -> Callable[[], None]:
+    def program(loss: Callable) -> Peer:
         network = transformers.BeitForMaskedImageModeling(_describe(config, transformers))
         network = network.train().to(device)
-        loss = _masked_loss if restricted else _whole_loss
         forward = torch.compile(loss) if gpu else loss
         c = config.optimizer
         optimizer = torch.optim.AdamW(
-            network.parameters(), c.learning_rate, (c.b1, c.b2), weight_decay=c.weight_decay
+            network.parameters(),
+            c.learning_rate,
+            (c.b1, c.b2),
+            weight_decay=c.weight_decay,
+            fused=gpu,
         )
 
-        def step() -> None:
+        def autocast_loss(network):
             with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
-                loss = forward(network, pixels, masked, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), c.clip)
-            optimizer.step()
-            if gpu:
-                torch.cuda.synchronize()
+                return forward(network, pixels, masked, labels)
 
-        return step
+        return Peer(torch, network, optimizer, c.clip, autocast_loss)
 
-    return {"peer": program(restricted=True), "peer_with_every_logit": program(restricted=False)}
+    return {
+        "peer": program(partial(_masked_loss, rows=rows)),
+        "peer_with_every_logit": program(_whole_loss),
+    }
 
 
-def _masked_loss(network, pixels, masked, labels):
+def _masked_loss(network, pixels, masked, labels, rows):
     """The loss with norm and head on the masked patches alone, as ours."""
     states = network.beit(pixels, bool_masked_pos=masked).last_hidden_state[:, 1:]
-    logits = network.lm_head(network.layernorm(states[masked]))
+    logits = network.lm_head(network.layernorm(states.flatten(0, 1)[rows]))
     return -logits.log_softmax(-1).gather(1, labels[:, None]).mean()
 
 
@@ -84,12 +106,12 @@ def _whole_loss(network, pixels, masked, labels):
     return network(pixels, bool_masked_pos=masked, labels=labels).loss
 
 
-def _masked(config, batch: int) -> tuple[int, np.ndarray]:
-    """How many patches of a batch are masked, and which: bool [B, N]."""
+def _masked(config, batch: int) -> np.ndarray:
+    """Which patches of a batch are masked: bool [B, N]."""
     height, width = mim.patch_grid(config)
     number = round(config.mask.share * height * width)
     chance = np.random.default_rng(0).random((batch, height * width))
-    return batch * number, chance.argsort(1) < number
+    return chance.argsort(1) < number
 
 
 def _describe(config, transformers):

@@ -22,6 +22,7 @@ from beit_jax.train import TrainState
 
 PARTS = ("tokenizer", "masking", "encoder", "lm_head", "optimizer")
 WARM_UP = 2  # turns that are not measured
+UPDATES = 10  # of a turn on an accelerator, which works on one while the host hands it the next
 
 
 class Step:
@@ -37,14 +38,29 @@ class Step:
             self.batch = next(batches)
         self._frozen = run.task.frozen
         started = time.perf_counter()
-        self.compiled = run.train_step.lower(self.state, self._frozen, self.batch).compile()
+        self.lowered = run.train_step.lower(self.state, self._frozen, self.batch)
+        self.compiled = self.lowered.compile()
         self.compile_seconds = time.perf_counter() - started
         self.model_flops = _model_flops(run.task, self.state, self.batch)
 
+    def update(self) -> None:
+        """Starts one update."""
+        self.state, self._values = self.compiled(self.state, self._frozen, self.batch)
+
+    def wait(self) -> None:
+        """Returns when all updates are made."""
+        jax.block_until_ready((self.state, self._values))
+
     def __call__(self) -> None:
         """Makes one update and waits for it."""
-        self.state, values = self.compiled(self.state, self._frozen, self.batch)
-        jax.block_until_ready((self.state, values))
+        self.update()
+        self.wait()
+
+    def part_shares(self) -> dict:
+        """Shares of an update's time by part; no turn is measured after it."""
+        if jax.default_backend() == "gpu":  # else graphs of kernels hide where each comes from
+            self.compiled = self.lowered.compile({"xla_gpu_enable_command_buffer": ""})
+        return profile.part_shares(self, self.compiled.as_text(), PARTS)
 
 
 def measure(config: ConfigDict, folder: Path, options: argparse.Namespace) -> dict:
@@ -57,11 +73,16 @@ def measure(config: ConfigDict, folder: Path, options: argparse.Namespace) -> di
     steps = make_steps(config, folder)
     peers = peer.make(config, steps["step"].batch["image"], *libraries) if options.peer else {}
     product, product_flops = _matrix_product(config.model.dtype)
-    programs = {**steps, **peers, "product": product}
+    updates = 1 if jax.default_backend() == "cpu" else UPDATES
+    programs = {
+        name: partial(_several, program, updates) for name, program in {**steps, **peers}.items()
+    }
+    programs["product"] = product
     timing.in_turns(programs, WARM_UP)
-    seconds = timing.in_turns(programs, options.repeats)
+    turns = timing.in_turns(programs, options.repeats)
+    seconds = {name: [turn / updates for turn in turns[name]] for name in {**steps, **peers}}
 
-    peak = product_flops / min(seconds.pop("product")) * jax.device_count()
+    peak = product_flops / min(turns["product"]) * jax.device_count()
     found = {"matrix_product_flops_per_second": peak}
     for name, step in steps.items():
         found[name] = _costs(step, statistics.median(seconds[name]), peak, config.train.batch_size)
@@ -69,8 +90,15 @@ def measure(config: ConfigDict, folder: Path, options: argparse.Namespace) -> di
         found[name] = {"median_seconds": statistics.median(seconds[name])} | {
             f"times_our_{ours}": timing.ratio(seconds[name], seconds[ours]) for ours in steps
         }
-    shares = profile.part_shares(steps["step"], steps["step"].compiled.as_text(), PARTS)
+    shares = steps["step"].part_shares()
     return found | {"parts_of_the_step": {f"{part}_share": s for part, s in shares.items()}}
+
+
+def _several(program, updates: int) -> None:
+    """Makes updates of a `Step` or a `peer.Peer`, and waits once."""
+    for _ in range(updates):
+        program.update()
+    program.wait()
 
 
 def make_steps(config: ConfigDict, folder: Path) -> dict[str, Step]:
@@ -86,7 +114,7 @@ def _costs(step: Step, seconds: float, peak: float, batch: int) -> dict:
         "median_seconds": seconds,
         "images_per_second": batch / seconds,
         "model_flops_per_image": step.model_flops / batch,
-        "xla_flops_per_image": step.compiled.cost_analysis()["flops"] * jax.device_count() / batch,
+        "xla_flops_per_image": step.lowered.cost_analysis()["flops"] / batch,
         "mfu_share": step.model_flops / seconds / peak,
         "compile_seconds": step.compile_seconds,
         "memory_bytes": _memory(step.compiled),
@@ -116,11 +144,16 @@ def _memory(compiled) -> int:
 
 
 def _matrix_product(dtype: str) -> tuple[Callable[[], object], int]:
-    """A large matrix product in `dtype`, which says what a device can do, and its FLOPs."""
-    side = 2048 if jax.default_backend() == "cpu" else 8192
-    x = jnp.ones((side, side), dtype)
+    """Large matrix products in `dtype`, which say what a device can do, and their FLOPs.
+
+    Of random numbers, since a GPU multiplies ones faster, which take less power; several on an
+    accelerator, since starting one takes as long as part of it.
+    """
+    side, products = (2048, 1) if jax.default_backend() == "cpu" else (8192, 10)
+    x = jax.random.normal(jax.random.key(0), (side, side), dtype)
     multiply = jax.jit(lambda x: x @ x)
-    return lambda: jax.block_until_ready(multiply(x)), 2 * side**3
+    flops = products * 2 * side**3
+    return lambda: jax.block_until_ready([multiply(x) for _ in range(products)]), flops
 
 
 def _with_tokenizer(config, source, run: Path):

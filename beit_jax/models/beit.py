@@ -118,4 +118,4 @@ class Classifier(nn.Module):
 
 
 # Logits are summed and kept in float32: bfloat16 cannot tell close ones of 8,192 codes apart.
-_head = partial(Linear, sums=jnp.float32)
+_head = partial(Linear, float32_sums=True)

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from beit_jax.errors import UserError
-from beit_jax.models.ops import ACTIVATIONS, attend, layer_norm
+from beit_jax.models.ops import ACTIVATIONS, attend, float32_product, layer_norm
 
 Initializer = initializers.Initializer
 QKV_BIASES = ("qv", "qkv", "none")
@@ -154,7 +154,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Linear(nn.Module):
-    """A linear layer [..., D'] -> [..., D], of operands in `dtype`, summed and returned in `sums`.
+    """A linear layer [..., D'] -> [..., D] in `dtype`, or from it to float32 with `float32_sums`.
 
     The output may be multiplied by a gain [D]: multiplied into kernel and bias, which gives the
     same values. The gain's gradient then is a sum over D' numbers of the kernel's, not over every
@@ -165,7 +165,7 @@ class Linear(nn.Module):
     kernel_init: Initializer
     bias_init: Initializer | None = initializers.zeros  # None: no bias
     dtype: jnp.dtype = jnp.float32
-    sums: jnp.dtype | None = None  # None: `dtype`
+    float32_sums: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, gain: jax.Array | None = None) -> jax.Array:
@@ -174,7 +174,8 @@ class Linear(nn.Module):
             kernel = kernel * gain[None]
         # All tokens in one axis: with more, XLA's CPU transposes copies for the kernel's gradient.
         tokens = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        y = jnp.matmul(tokens, kernel.astype(self.dtype), preferred_element_type=self.sums)
+        multiply = float32_product if self.float32_sums else jnp.matmul
+        y = multiply(tokens, kernel.astype(self.dtype))
         if self.bias_init is not None:
             bias = self.param("bias", self.bias_init, (self.features,))
             bias = bias if gain is None else bias * gain
@@ -219,9 +220,8 @@ class Attention(nn.Module):
             name = "relative_position_bias"
             own = RelativePositionBias(self.relative_grid, self.heads, name=name)()
             bias = own if bias is None else bias + own
-        # Heads first: a CPU multiplies matrices that lie together twice as fast.
-        q, k, v = qkv.reshape(batch, length, 3, self.heads, -1).transpose(2, 0, 3, 1, 4)
-        x = attend(q, k, v, bias).swapaxes(1, 2).reshape(batch, length, width)
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, self.heads, -1), 2, 0)
+        x = attend(q, k, v, bias).reshape(batch, length, width)
         out = scaled(self.initial.weight, self.output_scale)
         return Linear(width, out, self.initial.bias(width), dtype=self.dtype, name="proj")(x, gain)
 

@@ -16,7 +16,7 @@ from beit_jax.models.layers import (
     PatchEmbed,
     RelativePositionBias,
 )
-from beit_jax.models.ops import ACTIVATIONS
+from beit_jax.models.ops import ACTIVATIONS, fuses
 
 POSITIONS = (
     "absolute",
@@ -87,15 +87,17 @@ class ViT(nn.Module):
         x = self._tokens(embed(images), mask)
         if self.norm_pre:
             x = LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name="norm_pre")(x)
-        embedded, bias = x, None
+        length, embedded, bias = x.shape[1], x, None
         if "shared_relative" in self.positions.split("+"):
             bias = RelativePositionBias(grid, self.heads, name="relative_position_bias")()
+        if "relative" in self.positions and fuses(self.dtype, self.width // self.heads):
+            x = jnp.pad(x, ((0, 0), (0, length % 2), (0, 0)))  # once, rather than in every block
         states = []
         for i in range(self.depth):
             drop = self.drop_path * i / max(self.depth - 1, 1)
             block = make_block(self, i, grid, drop, self.initial, f"block_{i}")
             x = block(x, bias, block_keys(keys, i))
-            states.append(x)
+            states.append(x[:, :length])
         return Encoded(tuple(states), bias, embedded)
 
     def _tokens(self, patches: jax.Array, mask: jax.Array | None) -> jax.Array:

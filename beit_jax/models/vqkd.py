@@ -58,7 +58,7 @@ class VQKD(nn.Module):
         self.to_code_2 = exact(self.code_width)
         self.decoder_norm = LayerNorm(**norm)
         self.to_teacher_1 = dense(self.decoder.width)
-        self.to_teacher_2 = dense(self.teacher_width, sums=jnp.float32)
+        self.to_teacher_2 = dense(self.teacher_width, float32_sums=True)
         shape = (self.codes, self.code_width)
         self.vectors = self.variable(
             "codebook",
