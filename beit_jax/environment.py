@@ -45,7 +45,7 @@ def describe() -> dict[str, object]:
         "device": jax.devices()[0].device_kind,
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        **{name: _version(name) for name in LIBRARIES},
         "commit": _commit(),
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
     }
@@ -54,6 +54,14 @@ def describe() -> dict[str, object]:
 def read(run: Path) -> list[dict]:
     """All starts of a run, the first one first; none of a run that is older than the file."""
     return metrics.read_lines(run / FILE) if (run / FILE).is_file() else []
+
+
+def _version(library: str) -> str | None:
+    """The version installed; None where there is none, as of beit_jax in a clone used as it is."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -30,3 +30,9 @@ def test_the_commit_is_the_clones(tmp_path, monkeypatch):
     assert environment.describe()["commit"] is None
     (tmp_path / ".git").write_text("gitdir: nowhere")
     assert environment.describe()["commit"] is None
+
+
+def test_a_clone_that_is_not_installed_has_no_version(monkeypatch):
+    monkeypatch.setattr(environment, "LIBRARIES", ("jax", "beit_jax_of_nobody"))
+    found = environment.describe()
+    assert found["jax"] == jax.__version__ and found["beit_jax_of_nobody"] is None

@@ -22,7 +22,6 @@ from beit_jax.train import TrainState
 
 PARTS = ("tokenizer", "masking", "encoder", "lm_head", "optimizer")
 WARM_UP = 2  # turns that are not measured
-UPDATES = 10  # of a turn on an accelerator, which works on one while the host hands it the next
 
 
 class Step:
@@ -73,7 +72,7 @@ def measure(config: ConfigDict, folder: Path, options: argparse.Namespace) -> di
     steps = make_steps(config, folder)
     peers = peer.make(config, steps["step"].batch["image"], *libraries) if options.peer else {}
     product, product_flops = _matrix_product(config.model.dtype)
-    updates = 1 if jax.default_backend() == "cpu" else UPDATES
+    updates = timing.starts()
     programs = {
         name: partial(_several, program, updates) for name, program in {**steps, **peers}.items()
     }
@@ -114,7 +113,7 @@ def _costs(step: Step, seconds: float, peak: float, batch: int) -> dict:
         "median_seconds": seconds,
         "images_per_second": batch / seconds,
         "model_flops_per_image": step.model_flops / batch,
-        "xla_flops_per_image": step.lowered.cost_analysis()["flops"] / batch,
+        "xla_flops_per_image": _xla_flops(step.compiled) / batch,
         "mfu_share": step.model_flops / seconds / peak,
         "compile_seconds": step.compile_seconds,
         "memory_bytes": _memory(step.compiled),
@@ -136,6 +135,11 @@ def _model_flops(task: Task, state: TrainState, batch: Batch) -> int:
     return flops.matrix_flops(gradients, state.params, state.model_state, task.frozen, batch)
 
 
+def _xla_flops(compiled) -> float:
+    """FLOPs of an update by XLA's count, which on a GPU leaves out what libraries' kernels do."""
+    return compiled.cost_analysis()["flops"] * jax.device_count()
+
+
 def _memory(compiled) -> int:
     """Bytes that the step needs on a device, counted by the compiler."""
     found = compiled.memory_analysis()
@@ -146,10 +150,9 @@ def _memory(compiled) -> int:
 def _matrix_product(dtype: str) -> tuple[Callable[[], object], int]:
     """Large matrix products in `dtype`, which say what a device can do, and their FLOPs.
 
-    Of random numbers, since a GPU multiplies ones faster, which take less power; several on an
-    accelerator, since starting one takes as long as part of it.
+    Of random numbers: a GPU multiplies ones faster, which take less power.
     """
-    side, products = (2048, 1) if jax.default_backend() == "cpu" else (8192, 10)
+    side, products = 2048 if jax.default_backend() == "cpu" else 8192, timing.starts()
     x = jax.random.normal(jax.random.key(0), (side, side), dtype)
     multiply = jax.jit(lambda x: x @ x)
     flops = products * 2 * side**3
