@@ -11,8 +11,8 @@ from jax import export
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
-from beit_jax import architecture, augment, convert, features, metrics
-from beit_jax.checkpoint import load_weights, read_config
+from beit_jax import architecture, augment, convert, features, metrics, portable
+from beit_jax.checkpoint import Weights, load_weights, read_config
 from beit_jax.errors import UserError
 from beit_jax.interop import pytorch_writer
 from beit_jax.run import Run
@@ -215,6 +215,17 @@ def test_a_stablehlo_file_is_the_network_for_any_batch(name, imported, capsys, t
         expected = classifier.apply({"params": weights.params}, pixels)
     np.testing.assert_allclose(network.call(images), expected, atol=1e-5)
     np.testing.assert_allclose(network.call(images[:1]), expected[:1], atol=1e-5)
+
+
+def test_a_stablehlo_file_that_a_gpu_machine_writes_runs_elsewhere(monkeypatch):
+    config = tiny.config("mim", model__dtype="bfloat16")
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    params = architecture.make_encoder(config).init(jax.random.key(0), images / 255)["params"]
+    tiny.pretend_gpu(monkeypatch, "9.0")
+    written, _ = portable.stablehlo(
+        Weights({"encoder": params}, {}, config.to_dict(), "a test", "")
+    )
+    assert np.isfinite(export.deserialize(written).call(images)).all()
 
 
 def test_inspect_tells_of_files_and_of_runs(imported, capsys):

@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import linen as nn
 
+from beit_jax.models import ops
 from beit_jax.models.ops import attend, exact_product, float32_product, layer_norm
 
 pytestmark = pytest.mark.smoke
@@ -58,6 +60,37 @@ def test_no_token_attends_to_padding():
     assert (
         jnp.abs(found - attend(q, k, v, jnp.pad(bias, ((0, 0), (0, 1), (0, 1))))[:, :7]).max() > 0.1
     )
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, width, expected",
+    [
+        ("9.0", "bfloat16", 64, True),
+        ("8.0", "bfloat16", 128, True),
+        ("7.5", "bfloat16", 64, False),
+        ("9.0", "float32", 64, False),
+        ("9.0", "bfloat16", 20, False),
+        ("9.0", "bfloat16", 136, False),
+    ],
+)
+def test_attention_is_fused_where_cudnn_can(capability, dtype, width, expected, monkeypatch):
+    assert not ops.fuses(jnp.dtype(dtype), width)  # on a CPU
+    tiny.pretend_gpu(monkeypatch, capability)
+    assert ops.fuses(jnp.dtype(dtype), width) == expected
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert not ops.fuses(jnp.dtype(dtype), width)
+
+
+def test_cudnn_gets_an_even_number_of_tokens_and_padding_is_cut_off(monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (3, 7, 2, 8), jnp.bfloat16) for key in keys[:3])
+    bias = jax.random.normal(keys[3], (2, 7, 7))
+    expected, unbiased = attend(q, k, v, bias), attend(q, k, v, None)
+    lengths = tiny.pretend_cudnn(monkeypatch)
+    tiny.pretend_gpu(monkeypatch, "9.0")
+    chex.assert_trees_all_close(attend(q, k, v, bias), expected, atol=0.05)
+    chex.assert_trees_all_close(attend(q, k, v, None), unbiased, atol=0.05)
+    assert lengths == [8, 7]
 
 
 def product_operands(dtype) -> tuple[jax.Array, jax.Array, jax.Array]:

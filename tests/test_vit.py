@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 from golden_files import random_params, shapes
 
@@ -40,6 +41,29 @@ def test_every_kind_of_positions(positions):
         if "pos" in name:  # each of them counts
             without = unflatten_dict(flat | {name: 0 * flat[name]}, sep="/")
             assert np.abs(apply(module, without, IMAGES)[-1] - states[-1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative", "shared_relative"])
+def test_fused_attention_changes_nothing_but_rounding(positions, monkeypatch):
+    module = ViT(**TINY, positions=positions, dtype=jnp.bfloat16)
+    params = random_params(module, IMAGES)
+
+    def traced_anew():
+        def states(params):
+            return module.apply({"params": params}, IMAGES).states
+
+        gradient = jax.grad(lambda params: states(params)[-1].sum())
+        return jax.jit(lambda params: (states(params), gradient(params)))(params)
+
+    expected = traced_anew()
+    tiny.pretend_gpu(monkeypatch, "9.0")
+    lengths = tiny.pretend_cudnn(monkeypatch)
+    found = traced_anew()
+    assert lengths == 4 * [7 if positions == "absolute" else 8]
+    for ours, plain in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        ours, plain = np.asarray(ours, np.float32), np.asarray(plain, np.float32)
+        assert ours.shape == plain.shape
+        assert np.linalg.norm(ours - plain) <= 0.05 * np.linalg.norm(plain)
 
 
 def test_unknown_positions_name_the_key():

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -199,3 +200,31 @@ from beit_jax import checkpoint, run
 folder = Path(sys.argv[3])
 run.Run(ConfigDict(checkpoint.read_config(folder)), folder).execute("train")
 """
+
+
+def pretend_gpu(monkeypatch, capability: str) -> None:
+    """Lets JAX name an NVIDIA GPU as its first device, as far as that is asked for alone."""
+    gpu = types.SimpleNamespace(
+        client=types.SimpleNamespace(platform_version="PJRT C API\ncuda 13000"),
+        compute_capability=capability,
+    )
+    local_devices = jax.local_devices
+    monkeypatch.setattr(
+        jax,
+        "local_devices",
+        lambda backend=None: local_devices(backend=backend) if backend else [gpu],
+    )
+
+
+def pretend_cudnn(monkeypatch) -> list[int]:
+    """Lets JAX's own attention stand in for cuDNN's; returns the lengths it will be called with."""
+    own, lengths = jax.nn.dot_product_attention, []
+
+    def cudnn(q, k, v, bias, *, implementation):
+        assert implementation == "cudnn" and (bias is None or bias.dtype == q.dtype)
+        assert bias is None or q.shape[1] % 2 == 0
+        lengths.append(q.shape[1])
+        return own(q, k, v, bias)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    return lengths

@@ -123,11 +123,11 @@ def _padded(bias: jax.Array, rest: int) -> jax.Array:
 
 
 def fuses(dtype: jnp.dtype, width: int) -> bool:
-    """Whether cuDNN has kernels for the attention of heads of that width on these devices.
+    """Whether cuDNN has kernels for the attention of heads of that width on the default device.
 
     That is in bfloat16 on NVIDIA's Ampere or newer, for a bias at an even number of tokens alone.
     """
-    device = jax.local_devices()[0]
+    device = jax.config.jax_default_device or jax.local_devices()[0]
     nvidia = "cuda" in device.client.platform_version
     modern = nvidia and float(device.compute_capability) >= 8
     return modern and dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128
