@@ -56,14 +56,15 @@ def make_maps(config: Mapping) -> Callable[[dict, jax.Array], jax.Array]:
             capture_intermediates=lambda module, _: module.name in RECORDED,
         )
         found = recorded["intermediates"]
-        weights = _weights(params[last]["attn"], found, last, config["model"]["heads"])
         grid = (images.shape[1] // size, images.shape[2] // size)
+        heads, length = config["model"]["heads"], 1 + grid[0] * grid[1]
+        weights = _weights(params[last]["attn"], found, last, heads, length)
         return weights[:, :, 1:, 1:].mean(2).reshape(*weights.shape[:2], *grid)
 
     return maps
 
 
-def _weights(params, found, last: str, heads: int) -> jax.Array:
+def _weights(params, found, last: str, heads: int, length: int) -> jax.Array:
     """Attention float32 [B, heads, L, L] of the last block, query first, as `models.layers` does.
 
     Args:
@@ -71,10 +72,11 @@ def _weights(params, found, last: str, heads: int) -> jax.Array:
       found: what flax recorded of the encoder.
       last: the block's name.
       heads: their number.
+      length: tokens, behind which there may be padding.
     """
     inside = found[last]["attn"]
     (qkv,) = inside["qkv"]["__call__"]
-    q, k, _ = jnp.split(qkv, 3, axis=-1)
+    q, k, _ = jnp.split(qkv[:, :length], 3, axis=-1)
     if "q_bias" in params:
         q = q + params["q_bias"].astype(q.dtype)[None, None]
     q, k = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k))

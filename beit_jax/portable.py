@@ -49,7 +49,13 @@ def stablehlo(weights: checkpoint.Weights) -> tuple[bytes, str]:
     size = (*config["data"]["image_size"], config["data"]["channels"])
     rows = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((*rows, *size), jnp.uint8)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # no kernels of one platform
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise UserError(
+            "StableHLO for every platform is made on a CPU, which JAX_PLATFORMS hides: unset it."
+        ) from None
+    with jax.default_device(cpu):  # else it would hold kernels of the GPU that is here
         exported = export.export(jax.jit(network), platforms=PLATFORMS)(images)
     (result,) = exported.out_avals
     signature = f"uint8 {images.shape} -> {result.dtype} {result.shape}".replace("'", "")

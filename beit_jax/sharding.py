@@ -45,9 +45,17 @@ def partition_spec(shape: tuple[int, ...], fsdp: int) -> P:
 
 
 def state_sharding(tree, mesh: Mesh):
-    """Shardings for a tree of arrays or shapes: the same rule for weights and their moments."""
+    """Shardings for a tree of arrays or shapes: the same rule for weights and their moments.
+
+    Tables of relative positions stay whole: split by heads, cuDNN's attention would refuse them.
+    """
     fsdp = mesh.shape["fsdp"]
-    return jax.tree.map(lambda x: NamedSharding(mesh, partition_spec(x.shape, fsdp)), tree)
+
+    def place(path, x):
+        table = any(getattr(key, "key", None) == "relative_position_bias" for key in path)
+        return NamedSharding(mesh, P() if table else partition_spec(x.shape, fsdp))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -43,6 +43,20 @@ def test_maps_are_the_last_blocks_attention(positions, qkv_bias, monkeypatch):
     assert found.std() > 1e-3  # the heads look at something
 
 
+@pytest.mark.parametrize("positions", ["relative", "shared_relative"])
+def test_maps_leave_out_the_padding_of_fused_attention(positions, monkeypatch):
+    tree = tiny.config("mim", model__positions=positions, model__dtype="bfloat16")
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8))
+    pixels = normalize(images, tree.model.mean, tree.model.std)
+    params = make_encoder(tree).init(jax.random.key(0), pixels)["params"]
+    plain = attention.make_maps(tree)(params, images)
+    tiny.pretend_gpu(monkeypatch, "9.0")
+    lengths = tiny.pretend_cudnn(monkeypatch)
+    found = attention.make_maps(tree)(params, images)
+    assert set(lengths) == {18}
+    np.testing.assert_allclose(found, plain, atol=1e-3)
+
+
 def test_a_row_of_the_picture_is_a_head():
     tree = tiny.config("mim", eval__attention=(1,))
     images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)

@@ -228,6 +228,17 @@ def test_a_stablehlo_file_that_a_gpu_machine_writes_runs_elsewhere(monkeypatch):
     assert np.isfinite(export.deserialize(written).call(images)).all()
 
 
+def test_stablehlo_without_a_cpu_is_one_sentence(imported, capsys, monkeypatch, tmp_path):
+    run, _, _ = imported("beit_pretrain", capsys)
+
+    def local_devices(backend=None):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    with pytest.raises(UserError, match="JAX_PLATFORMS"):
+        portable.stablehlo(load_weights(str(run), "a test"))
+
+
 def test_inspect_tells_of_files_and_of_runs(imported, capsys):
     assert convert.main(["inspect", source("vqkd")]) == 0
     printed = capsys.readouterr().out

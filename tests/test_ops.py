@@ -77,8 +77,9 @@ def test_attention_is_fused_where_cudnn_can(capability, dtype, width, expected, 
     assert not ops.fuses(jnp.dtype(dtype), width)  # on a CPU
     tiny.pretend_gpu(monkeypatch, capability)
     assert ops.fuses(jnp.dtype(dtype), width) == expected
-    with jax.default_device(jax.devices("cpu")[0]):
-        assert not ops.fuses(jnp.dtype(dtype), width)
+    for cpu in ("cpu", jax.devices("cpu")[0]):
+        with jax.default_device(cpu):
+            assert not ops.fuses(jnp.dtype(dtype), width)
 
 
 def test_cudnn_gets_an_even_number_of_tokens_and_padding_is_cut_off(monkeypatch):
@@ -132,3 +133,10 @@ def test_a_product_in_float32_has_gradients_in_the_operands_dtype(dtype, gradien
     assert gradient[0].dtype == gradient[1].dtype == dtype
     assert off(gradient[0], wanted @ wide[1].T) < gradient_off
     assert off(gradient[1], wide[0].T @ wanted) < gradient_off
+
+
+def test_gradients_below_float16_are_not_lost():
+    x, kernel, wanted = product_operands("float16")
+    x, wanted = 100 * x, 1e-8 * wanted  # float16 ends at 6e-8
+    _, pull = jax.vjp(float32_product, x, kernel.astype("float16"))
+    assert off(pull(wanted)[1], np.asarray(x, np.float64).T @ wanted) < 0.05

@@ -35,6 +35,18 @@ def test_fsdp_keeps_a_part_on_each_device():
     assert placed["kernel"].addressable_shards[0].data.shape == (64, 32)
 
 
+def test_tables_of_relative_positions_stay_whole():
+    mesh = sharding.make_mesh(8)
+    block = {
+        "relative_position_bias": {"table": np.zeros((732, 16))},
+        "kernel": np.zeros((64, 128)),
+    }
+    found = sharding.state_sharding({"params": block, "moments": (block,)}, mesh)
+    for tree in (found["params"], found["moments"][0]):
+        assert tree["relative_position_bias"]["table"].spec == P()
+        assert tree["kernel"].spec == P(None, "fsdp")
+
+
 def test_rows_of_a_batch_are_split_over_all_devices():
     mesh = sharding.make_mesh(4)
     rows = np.arange(16, dtype=np.int32)

@@ -1,13 +1,9 @@
 """Floating-point operations of a program's matrix products, counted from what was traced."""
 
 import math
-import re
 from collections.abc import Callable, Iterator
 
 import jax
-
-# cuDNN's self-attention: two products, and four in the backward pass.
-_FUSED_ATTENTION = re.compile("dot_product_attention_(fwd|bwd)")
 
 
 def matrix_flops(fn: Callable, *args) -> int:
@@ -36,10 +32,6 @@ def _count(jaxpr) -> int:
             kernel = equation.invars[1].aval.shape
             outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
             total += 2 * output * math.prod(kernel) // outputs
-        elif match := _FUSED_ATTENTION.match(name):
-            batch, length, heads, width = equation.invars[0].aval.shape
-            product = 2 * batch * heads * length**2 * width
-            total += {"fwd": 2, "bwd": 4}[match.group(1)] * product
         else:
             turns = params["length"] if name == "scan" else 1
             total += turns * sum(map(_count, _inner(params)))

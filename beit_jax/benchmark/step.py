@@ -40,7 +40,11 @@ class Step:
         self.lowered = run.train_step.lower(self.state, self._frozen, self.batch)
         self.compiled = self.lowered.compile()
         self.compile_seconds = time.perf_counter() - started
-        self.model_flops = _model_flops(run.task, self.state, self.batch)
+        # In float32, since other products are split in two, or are a library's that cannot be read.
+        exact = config.copy_and_resolve_references()
+        exact.model.dtype = exact.dvae.dtype = "float32"
+        task = Run(exact, folder, build=build).task
+        self.model_flops = _model_flops(task, self.state, self.batch)
 
     def update(self) -> None:
         """Starts one update."""

@@ -74,15 +74,17 @@ def float32_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [T, D'] times kernel [D', D], both of the compute dtype, summed and returned in float32.
 
     The gradient's products are of the compute dtype too: the derived ones would take the gradient
-    of the output as float32, for which a GPU needs twice as long or more.
+    of the output as float32, for which a GPU needs twice as long or more. Only float16 takes it so,
+    whose range ends above the smallest of them.
     """
     return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
 
 
 def _float32_product_backward(kept, d_y):
     x, kernel = kept
-    d_y = d_y.astype(x.dtype)
-    return d_y @ kernel.T, x.T @ d_y
+    if x.dtype != jnp.float16:
+        d_y = d_y.astype(x.dtype)
+    return (d_y @ kernel.T).astype(x.dtype), (x.T @ d_y).astype(kernel.dtype)
 
 
 float32_product.defvjp(lambda *both: (float32_product(*both), both), _float32_product_backward)
@@ -108,18 +110,19 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> 
     The bias is float32 [heads, N, N] or None; tokens behind the first N are padding, to which no
     token attends. In bfloat16 an NVIDIA GPU runs cuDNN's fused kernels, which round the bias too.
     """
+    length, fused = q.shape[1], fuses(q.dtype, q.shape[-1])
     if bias is not None:
-        bias = _padded(bias, q.shape[1] - bias.shape[1])
-    if fuses(q.dtype, q.shape[-1]):
-        return _fused(q, k, v, bias)
+        even = length + length % 2 if fused else length
+        q, k, v = (jnp.pad(x, ((0, 0), (0, even - length), (0, 0), (0, 0))) for x in (q, k, v))
+        rest = even - bias.shape[1]
+        bias = jnp.pad(bias, ((0, 0), (0, rest), (0, 0)))
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, rest)), constant_values=-1e9)
+    if fused:
+        bias = None if bias is None else bias[None].astype(q.dtype)
+        out = jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn")
+        return out[:, :length]
     # Heads first: a CPU multiplies matrices that lie together twice as fast.
     return _attend(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), bias).swapaxes(1, 2)
-
-
-def _padded(bias: jax.Array, rest: int) -> jax.Array:
-    """The bias of `rest` more tokens, to which no token attends."""
-    bias = jnp.pad(bias, ((0, 0), (0, rest), (0, 0)))
-    return jnp.pad(bias, ((0, 0), (0, 0), (0, rest)), constant_values=-1e9)
 
 
 def fuses(dtype: jnp.dtype, width: int) -> bool:
@@ -127,19 +130,12 @@ def fuses(dtype: jnp.dtype, width: int) -> bool:
 
     That is in bfloat16 on NVIDIA's Ampere or newer, for a bias at an even number of tokens alone.
     """
-    device = jax.config.jax_default_device or jax.local_devices()[0]
+    device = jax.config.jax_default_device
+    if device is None or isinstance(device, str):  # the name of a platform
+        device = jax.local_devices(backend=device)[0]
     nvidia = "cuda" in device.client.platform_version
     modern = nvidia and float(device.compute_capability) >= 8
     return modern and dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128
-
-
-def _fused(q, k, v, bias):
-    length = q.shape[1]
-    if bias is not None:
-        odd = length % 2
-        q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
-        bias = _padded(bias, odd)[None].astype(q.dtype)
-    return jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn")[:, :length]
 
 
 @jax.custom_vjp

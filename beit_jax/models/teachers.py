@@ -35,7 +35,6 @@ class Tower(nn.Module):
         x = LayerNorm(epsilon=vit.norm_epsilon, dtype=vit.dtype, name="norm")(x)
         if not self.projection:
             return Features(x.astype(jnp.float32), None)
-        dense = Linear(
-            self.projection, vit.initial.weight, None, vit.dtype, jnp.float32, name="projection"
-        )
+        options = {"dtype": vit.dtype, "float32_sums": True, "name": "projection"}
+        dense = Linear(self.projection, vit.initial.weight, None, **options)
         return Features(x.astype(jnp.float32), dense(x))

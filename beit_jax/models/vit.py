@@ -90,7 +90,7 @@ class ViT(nn.Module):
         length, embedded, bias = x.shape[1], x, None
         if "shared_relative" in self.positions.split("+"):
             bias = RelativePositionBias(grid, self.heads, name="relative_position_bias")()
-        if "relative" in self.positions and fuses(self.dtype, self.width // self.heads):
+        if self.positions != "absolute" and fuses(self.dtype, self.width // self.heads):
             x = jnp.pad(x, ((0, 0), (0, length % 2), (0, 0)))  # once, rather than in every block
         states = []
         for i in range(self.depth):
