@@ -254,9 +254,10 @@ def _data_bound(lines: Lines) -> Iterator[Verdict]:
         yield Verdict(
             DATA_BOUND,
             f"{share:.0%} of the time lately the devices had nothing to do but wait for a batch, "
-            f"{waited / 60:,.0f} minutes so far",
+            f"{waited / 60:,.1f} minutes so far",
             "prepare the images at a smaller size on a local disk, raise config.data.workers where "
-            "the disk is slow, and measure with `python -m beit_jax.benchmark input`",
+            "the disk is slow, and measure with `python -m beit_jax.benchmark input`; where a CPU "
+            "trains, it needs its cores for both",
         )
 
 
