@@ -224,7 +224,7 @@ def test_slower_than_before_and_waiting_for_data():
     assert "40 images a second lately, 100 before" in slow.evidence
     (bound,) = verdicts(lines + timed(steady, [*idle[:5], 0.5, 0.6, 0.7]))
     assert bound.kind == health.DATA_BOUND and "60% of the time" in bound.evidence
-    assert "config.data.workers" in bound.advice and ", 3.0 minutes so far" in bound.evidence
+    assert "config.data.workers" in bound.advice and ", 3.3 minutes so far" in bound.evidence
     quick = timed(steady, [*idle[:5], 0.5, 0.6, 0.7], seconds=0.1)
     assert kinds(lines + quick) == [health.NORMAL]  # 20 seconds in all
 
