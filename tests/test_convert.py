@@ -228,7 +228,7 @@ def test_a_stablehlo_file_that_a_gpu_machine_writes_runs_elsewhere(monkeypatch):
     assert np.isfinite(export.deserialize(written).call(images)).all()
 
 
-def test_stablehlo_without_a_cpu_is_one_sentence(imported, capsys, monkeypatch, tmp_path):
+def test_stablehlo_without_a_cpu_is_one_sentence(imported, capsys, monkeypatch):
     run, _, _ = imported("beit_pretrain", capsys)
 
     def local_devices(backend=None):

@@ -107,7 +107,9 @@ def off(found, expected) -> float:
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("dtype, gradient_off", [("float32", 1e-6), ("bfloat16", 0.01)])
+@pytest.mark.parametrize(
+    "dtype, gradient_off", [("float32", 1e-6), ("bfloat16", 0.01), ("float16", 1e-3)]
+)
 def test_an_exact_product_does_not_round_its_kernel(dtype, gradient_off):
     x, kernel, wanted = product_operands(dtype)
     found, gradient = jax.jit(
@@ -117,7 +119,7 @@ def test_an_exact_product_does_not_round_its_kernel(dtype, gradient_off):
     exact = wide @ np.asarray(kernel, np.float64)
     rounded = float32_product(x, kernel.astype(dtype))
     assert found.dtype == jnp.float32 and off(found, exact) < 1e-5
-    assert dtype == "float32" or off(rounded, exact) > 1e-3
+    assert dtype == "float32" or off(rounded, exact) > 1e-4
     assert off(gradient[0], wanted @ kernel.T) < gradient_off
     assert off(gradient[1], wide.T @ wanted) < gradient_off
 

@@ -187,10 +187,9 @@ class Attention(nn.Module):
     """Multi-head self-attention; by default with biases on queries and values, none on keys.
 
     x [B, L, D], bias float32 [heads, N, N] or None, gain [D] of the output or None -> [B, L, D].
-    Tokens behind the first N are padding.
-    `relative_grid` adds a table of this layer's own, `qkv_bias` is one of QKV_BIASES. Queries are
-    scaled before the product, the bias is added unscaled. Source: beit/modeling_finetune.py, lines
-    78-142.
+    Tokens behind the first N are padding. `relative_grid` adds a table of this layer's own,
+    `qkv_bias` is one of QKV_BIASES. Queries are scaled before the product, the bias is added
+    unscaled. Source: beit/modeling_finetune.py, lines 78-142.
     """
 
     heads: int
@@ -263,9 +262,9 @@ def drop_path(keys: jax.Array, rate: float) -> jax.Array:
 class Block(nn.Module):
     """A pre-norm block: x += s1 * gamma_1 * attn(norm1(x)); x += s2 * gamma_2 * mlp(norm2(x)).
 
-    x [B, L, D], bias as in `Attention`, keys [B] or None -> [B, L, D]. The factors s
-    are those of `drop_path` with keys, else 1; gamma (LayerScale) exists where `layer_scale` is
-    above 0. Source: beit/modeling_finetune.py, lines 169-182.
+    x [B, L, D], bias as in `Attention`, keys [B] or None -> [B, L, D]. The factors s are those of
+    `drop_path` with keys, else 1; gamma (LayerScale) exists where `layer_scale` is above 0. Source:
+    beit/modeling_finetune.py, lines 169-182.
     """
 
     heads: int
