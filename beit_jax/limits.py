@@ -8,9 +8,9 @@ from beit_jax.errors import UserError
 ABOVE_ZERO = (
     "data.channels", "data.max_value", "data.eval_crop", "dvae.groups", "dvae.blocks_per_group",
     "dvae.width", "dvae.decoder_input", "model.patch_size", "model.width", "model.depth",
-    "model.heads", "model.mlp_ratio", "eval.batch_size", "train.batch_size", "train.accumulate",
-    "train.log_every", "train.checkpoint_every", "train.keep", "train.max_skipped",
-    "train.max_failed_saves",
+    "model.heads", "model.mlp_ratio", "model.head_layers", "eval.batch_size", "train.batch_size",
+    "train.accumulate", "train.log_every", "train.checkpoint_every", "train.keep",
+    "train.max_skipped", "train.max_failed_saves",
     "vqkd.codes", "vqkd.code_width", "vqkd.decoder_depth", "vqkd.kmeans_vectors", "vqkd.dead_after",
     "model.norm_epsilon", "segment.short_side",
 )  # fmt: skip

@@ -31,7 +31,8 @@ class Tokenizer(NamedTuple):
       grid: tokens down and across, where its positions are for one grid alone; else None.
       channels: of its images.
       interpolation: that resized the images it was trained on, so for its view too.
-      tokens: `(variables, images [B, H, W, ch] in [0, 1]) -> int32 [B, h, w]`.
+      tokens: `(variables, images [B, H, W, ch] in [0, 1], read=None) -> int32 [B, h, w]`; with
+        `read` int32 [B, M] those of these positions in the row-major grid alone: [B, M].
       pictures: `(variables, int32 [B, h, w]) -> [B, H, W, ch] in [0, 1]`, or None.
       nats: `(variables, int32 [B, h, w], images) -> float32 [B]`, -log p(image | tokens) summed
         over the pixel values, or None.
@@ -44,7 +45,7 @@ class Tokenizer(NamedTuple):
     grid: tuple[int, int] | None
     channels: int
     interpolation: str
-    tokens: Callable[[Variables, jax.Array], jax.Array]
+    tokens: Callable[..., jax.Array]
     pictures: Callable[[Variables, jax.Array], jax.Array] | None
     nats: Callable[[Variables, jax.Array, jax.Array], jax.Array] | None
 
@@ -100,8 +101,8 @@ def _dvae(weights: checkpoint.Weights) -> Tokenizer:
             "tokens come from there."
         )
 
-    def tokens(variables, images):
-        return model.apply(variables, map_pixels(images), method="encode").argmax(-1)
+    def tokens(variables, images, read=None):
+        return model.apply(variables, map_pixels(images), read, method="encode").argmax(-1)
 
     def statistics(variables, tokens):
         return decode_tokens(model, variables["params"], tokens)
@@ -124,8 +125,8 @@ def _dvae(weights: checkpoint.Weights) -> Tokenizer:
 def _vqkd(weights: checkpoint.Weights) -> Tokenizer:
     model = make_vqkd(weights.config)
 
-    def tokens(variables, images):
-        return model.apply(variables, vqkd.map_pixels(images), method="tokens")
+    def tokens(variables, images, read=None):
+        return model.apply(variables, vqkd.map_pixels(images), read, method="tokens")
 
     return Tokenizer(
         source=weights.source,
@@ -148,8 +149,8 @@ def _pixel_decoder(weights: checkpoint.Weights) -> Tokenizer:
     )
     decoder = make_pixel_decoder(weights.config, tokenizer.vocabulary)
 
-    def tokens(variables, images):
-        return tokenizer.tokens(variables["tokenizer"], images)
+    def tokens(variables, images, read=None):
+        return tokenizer.tokens(variables["tokenizer"], images, read)
 
     def statistics(variables, tokens):
         codes = one_hot(tokens, tokenizer.vocabulary)

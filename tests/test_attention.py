@@ -30,10 +30,11 @@ def test_maps_are_the_last_blocks_attention(positions, qkv_bias, monkeypatch):
     found = jax.jit(attention.make_maps(tree))(params, jnp.asarray(images))
     attend, seen = layers.attend, []
 
-    def watched(q, k, v, bias):
+    def watched(qkv, bias):
+        q, k, _ = jnp.moveaxis(qkv, 2, 0)
         logits = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
         seen.append(jax.nn.softmax(logits if bias is None else logits + bias[None]))
-        return attend(q, k, v, bias)
+        return attend(qkv, bias)
 
     monkeypatch.setattr(layers, "attend", watched)
     last = jax.jit(lambda params: (encoder.apply({"params": params}, pixels), seen[-1])[1])(params)

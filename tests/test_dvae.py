@@ -95,6 +95,9 @@ def test_encode_and_decode_are_the_two_halves():
     apply = jax.jit(module.apply, static_argnames="method")
     logits, stats = apply(variables, pixels)
     np.testing.assert_allclose(apply(variables, pixels, method="encode"), logits, rtol=1e-5)
+    read = np.array([[5, 0], [23, 4]])  # of 4 x 6
+    some = np.take_along_axis(np.asarray(logits).reshape(2, 24, -1), read[:, :, None], axis=1)
+    np.testing.assert_allclose(apply(variables, pixels, read, method="encode"), some, rtol=1e-5)
     codes = jax.nn.softmax(logits)
     np.testing.assert_allclose(apply(variables, codes, method="decode"), stats, atol=1e-5)
 

@@ -35,31 +35,30 @@ def test_layer_norm_has_the_gradient_of_its_definition(dtype, close, shape):
 @pytest.mark.parametrize("dtype, close", [("float32", 1e-5), ("bfloat16", 0.03)])
 @pytest.mark.parametrize("biased", [True, False])
 def test_attention_has_the_gradient_of_its_definition(dtype, close, biased):
-    keys = jax.random.split(jax.random.key(0), 5)
-    shape = (3, 7, 2, 4)
-    q, k, v, wanted = (jax.random.normal(key, shape, dtype) for key in keys[:4])
-    bias = jax.random.normal(keys[4], (2, 7, 7)) if biased else None
+    keys = jax.random.split(jax.random.key(0), 3)
+    qkv = jax.random.normal(keys[0], (3, 7, 3, 2, 4), dtype)
+    wanted = jax.random.normal(keys[1], (3, 7, 2, 4), dtype)
+    bias = jax.random.normal(keys[2], (2, 7, 7)) if biased else None
 
-    def defined(q, k, v, bias):
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    def defined(qkv, bias):
+        q, k, v = jnp.moveaxis(qkv.astype(jnp.float32), 2, 0)
         logits = jnp.einsum("bqhd,bkhd->bhqk", q / 2, k)
         logits = logits if bias is None else logits + bias[None]
         return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), v).astype(dtype)
 
-    found, ours = jax.vjp(attend, q, k, v, bias)
-    expected, derived = jax.vjp(defined, q, k, v, bias)
+    found, ours = jax.vjp(attend, qkv, bias)
+    expected, derived = jax.vjp(defined, qkv, bias)
     chex.assert_trees_all_close((found, ours(wanted)), (expected, derived(wanted)), atol=close)
 
 
 def test_no_token_attends_to_padding():
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v = (jax.random.normal(key, (3, 8, 2, 4)) for key in keys[:3])
-    bias = jax.random.normal(keys[3], (2, 7, 7))
-    found = attend(q, k, v, bias)[:, :7]
-    chex.assert_trees_all_close(found, attend(q[:, :7], k[:, :7], v[:, :7], bias), atol=1e-6)
-    assert (
-        jnp.abs(found - attend(q, k, v, jnp.pad(bias, ((0, 0), (0, 1), (0, 1))))[:, :7]).max() > 0.1
-    )
+    keys = jax.random.split(jax.random.key(0), 2)
+    qkv = jax.random.normal(keys[0], (3, 8, 3, 2, 4))
+    bias = jax.random.normal(keys[1], (2, 7, 7))
+    found = attend(qkv, bias)[:, :7]
+    chex.assert_trees_all_close(found, attend(qkv[:, :7], bias), atol=1e-6)
+    seen = attend(qkv, jnp.pad(bias, ((0, 0), (0, 1), (0, 1))))[:, :7]
+    assert jnp.abs(found - seen).max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -83,14 +82,14 @@ def test_attention_is_fused_where_cudnn_can(capability, dtype, width, expected, 
 
 
 def test_cudnn_gets_an_even_number_of_tokens_and_padding_is_cut_off(monkeypatch):
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v = (jax.random.normal(key, (3, 7, 2, 8), jnp.bfloat16) for key in keys[:3])
-    bias = jax.random.normal(keys[3], (2, 7, 7))
-    expected, unbiased = attend(q, k, v, bias), attend(q, k, v, None)
+    keys = jax.random.split(jax.random.key(0), 2)
+    qkv = jax.random.normal(keys[0], (3, 7, 3, 2, 8), jnp.bfloat16)
+    bias = jax.random.normal(keys[1], (2, 7, 7))
+    expected, unbiased = attend(qkv, bias), attend(qkv, None)
     lengths = tiny.pretend_cudnn(monkeypatch)
     tiny.pretend_gpu(monkeypatch, "9.0")
-    chex.assert_trees_all_close(attend(q, k, v, bias), expected, atol=0.05)
-    chex.assert_trees_all_close(attend(q, k, v, None), unbiased, atol=0.05)
+    chex.assert_trees_all_close(attend(qkv, bias), expected, atol=0.05)
+    chex.assert_trees_all_close(attend(qkv, None), unbiased, atol=0.05)
     assert lengths == [8, 7]
 
 

@@ -41,6 +41,9 @@ def test_its_run_is_the_tokenizer_with_pictures(vqkd, decoded):
     assert plain.pictures is None and plain.nats is None
     tokens = jax.jit(found.tokens)(found.variables, IMAGES)
     np.testing.assert_array_equal(tokens, jax.jit(plain.tokens)(plain.variables, IMAGES))
+    last = np.full((len(IMAGES), 1), 15)
+    some = jax.jit(found.tokens)(found.variables, IMAGES, last)
+    np.testing.assert_array_equal(some, tokens[:, -1, -1:])
     assert (found.vocabulary, found.factor, found.grid) == (16, 2, (4, 4))
     pictures = np.asarray(found.pictures(found.variables, tokens))
     assert pictures.shape == IMAGES.shape and 0 <= pictures.min() < pictures.max() <= 1

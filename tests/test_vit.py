@@ -1,5 +1,6 @@
 """The encoder: structure, positions, behaviour seen through gradients, compute dtype."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from golden_files import random_params, shapes
 
 from beit_jax.errors import UserError
-from beit_jax.models.layers import FINETUNE_INIT
+from beit_jax.models.layers import FINETUNE_INIT, at_tokens
 from beit_jax.models.vit import POSITIONS, ViT
 
 # Draws from this generator compile much faster than the default one's.
@@ -122,6 +123,26 @@ def test_pixels_of_masked_patches_change_nothing():
     gradient = jax.jit(jax.grad(total))(IMAGES).reshape(4, 2, 4, 3, 4, 5)
     reached = np.abs(gradient).max(axis=(2, 4, 5)).reshape(4, 6)
     assert (reached[mask] == 0).all() and (reached[~mask] > 0).all()
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_tokens_that_are_read_have_the_states_and_gradients_of_all(remat):
+    module = ViT(**TINY, remat=remat, drop_path=0.5)
+    params = random_params(module, IMAGES)
+    keys = jax.random.split(jax.random.key(5), 4)
+    read = np.array([[0, 5], [2, 1], [6, 3], [4, 4]])
+
+    def total(params, read):
+        states = module.apply({"params": params}, IMAGES, None, keys, read).states
+        last = states[-1] if read is not None else at_tokens(states[-1], every)
+        return jnp.sum(jnp.sin(last)), states
+
+    every = read
+    (_, found), ours = jax.jit(jax.value_and_grad(total, has_aux=True))(params, read)
+    (_, expected), derived = jax.jit(jax.value_and_grad(total, has_aux=True))(params, None)
+    assert [state.shape[1] for state in found] == [7] * (module.depth - 1) + [2]
+    expected = (*expected[:-1], np.take_along_axis(np.asarray(expected[-1]), read[:, :, None], 1))
+    chex.assert_trees_all_close((found, ours), (expected, derived), atol=1e-5)
 
 
 def test_only_rows_with_their_own_keys_are_dropped_and_the_first_block_never():

@@ -221,3 +221,6 @@ def test_imported_weights_are_a_tokenizer_of_pixels_in_unit_range(golden):
     assert (frozen.vocabulary, frozen.factor, frozen.pictures) == (64, 16, None)
     tokens = jax.jit(frozen.tokens)(frozen.variables, nhwc(golden["image01"]))
     np.testing.assert_array_equal(tokens.reshape(2, 16), golden["tokens"])
+    read = np.array([[3, 14, 6], [9, 0, 5]])
+    tokens = jax.jit(frozen.tokens)(frozen.variables, nhwc(golden["image01"]), read)
+    np.testing.assert_array_equal(tokens, np.take_along_axis(golden["tokens"], read, axis=1))

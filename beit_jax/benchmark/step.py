@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from beit_jax import architecture, checkpoint, tasks
 from beit_jax.benchmark import flops, peer, profile, timing
+from beit_jax.models.layers import at_tokens
 from beit_jax.run import Run
 from beit_jax.task import Batch, Task, row_keys
 from beit_jax.tasks import mim
@@ -181,8 +182,9 @@ def _with_labels_for_nothing(config, source, run: Path):
     del run
     codes = config.dvae.vocabulary
 
-    def tokens(variables, images):
-        return (images.mean(-1) * (codes - 1)).astype(jnp.int32)
+    def tokens(variables, images, read=None):
+        found = (images.mean(-1) * (codes - 1)).astype(jnp.int32)
+        return found if read is None else at_tokens(found.reshape(len(found), -1), read)
 
     free = Tokenizer(
         source="brightness",

@@ -48,26 +48,22 @@ class MaskedImageModel(nn.Module):
         vit, size = self.encoder, self.encoder.patch_size
         grid = (images.shape[1] // size, images.shape[2] // size)
         mask = (indices[:, :, None] == jnp.arange(grid[0] * grid[1])[None, None, :]).any(axis=1)
-        states, bias, _ = vit(images, mask, keys)
-        read = indices if read is None else read
+        read = (indices if read is None else read) + 1  # CLS is token 0
+        last = jnp.pad(read, ((0, 0), (1, 0))) if self.early_layers else read
+        states, bias, _ = vit(images, mask, keys, last)
         norm = partial(LayerNorm, epsilon=vit.norm_epsilon, dtype=vit.dtype)
         head = partial(_head, self.vocabulary, dtype=vit.dtype, kernel_init=vit.initial.weight)
-
-        def logits(x, norm, head):
-            # Norm and head treat every token alike, so only those that are read go through them.
-            return head(norm(jnp.take_along_axis(x, read[:, :, None] + 1, axis=1)))
-
-        shared = norm(name="norm"), head(name="lm_head")
-        final = logits(states[-1], *shared)
+        final_norm, final_head = norm(name="norm"), head(name="lm_head")
         if not self.early_layers:
-            return (final,)
-        x = self._aggregate(states, bias, keys, grid)
+            return (final_head(final_norm(states[-1])),)
+        final = final_head(final_norm(states[-1][:, 1:]))
+        x = self._aggregate(states, bias, keys, grid, read)
         if self.shared_head:
-            return final, logits(x, *shared)
-        return final, logits(x, norm(name="cls_norm"), head(name="cls_lm_head"))
+            return final, final_head(final_norm(x))
+        return final, head(name="cls_lm_head")(norm(name="cls_norm")(x))
 
-    def _aggregate(self, states, bias, keys, grid) -> jax.Array:
-        """Early patches under the final CLS, through the branch's blocks: [B, L, D]."""
+    def _aggregate(self, states, bias, keys, grid, read) -> jax.Array:
+        """Early patches under the final CLS, through the branch's blocks: [B, M, D] of `read`."""
         vit, early = self.encoder, self.early_layers
         if not early < vit.depth:
             raise UserError(
@@ -79,7 +75,8 @@ class MaskedImageModel(nn.Module):
         for j in range(self.head_layers):
             drop = vit.drop_path * (early + j) / max(steps, 1)
             block = make_block(vit, early + j, grid, drop, TORCH_INIT, f"cls_block_{j}")
-            x = block(x, bias, block_keys(keys, vit.depth + j))
+            last = j == self.head_layers - 1
+            x = block(x, bias, block_keys(keys, vit.depth + j), read if last else None)
         return x
 
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from beit_jax.errors import UserError
+from beit_jax.models.layers import at_tokens
 from beit_jax.models.ops import exact_product
 
 MARGIN = 0.1  # of the mapped range, at both ends: the logit-Laplace density lives inside (0, 1)
@@ -81,7 +82,8 @@ def _gain(groups: int, blocks_per_group: int) -> float:
 class Encoder(nn.Module):
     """mapped pixels [B, H, W, ch] -> logits float32 [B, h, w, K], with h = H / 2^(groups - 1).
 
-    Group i = 0, 1, ... is `width` * 2^i wide and ends, but for the last, in a 2x2 max-pool.
+    Those of `read` alone, int32 [B, M] positions in the row-major grid, are [B, M, K]. Group
+    i = 0, 1, ... is `width` * 2^i wide and ends, but for the last, in a 2x2 max-pool.
     """
 
     vocabulary: int
@@ -91,7 +93,7 @@ class Encoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, pixels: jax.Array) -> jax.Array:
+    def __call__(self, pixels: jax.Array, read: jax.Array | None = None) -> jax.Array:
         factor = 2 ** (self.groups - 1)
         if pixels.shape[1] % factor or pixels.shape[2] % factor:
             raise UserError(
@@ -109,6 +111,8 @@ class Encoder(nn.Module):
                 x = ResidualBlock(features, (3, 3, 3, 1), gain, self.dtype, name=name)(x)
             if group < self.groups - 1:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        if read is not None:
+            x = at_tokens(x.reshape(len(x), -1, x.shape[-1]), read)
         return _Logits(self.vocabulary, name="output")(nn.relu(x))
 
 
@@ -177,9 +181,9 @@ class DVAE(nn.Module):
         self.encoder = Encoder(*shared, dtype=self.dtype)
         self.decoder = Decoder(*shared, self.channels, self.decoder_input, dtype=self.dtype)
 
-    def encode(self, pixels: jax.Array) -> jax.Array:
-        """Mapped pixels [B, H, W, ch] -> logits float32 [B, h, w, K]; their argmax is the token."""
-        return self.encoder(pixels)
+    def encode(self, pixels: jax.Array, read: jax.Array | None = None) -> jax.Array:
+        """As `Encoder`: the argmax of the logits is the token."""
+        return self.encoder(pixels, read)
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """One-hot or soft codes [B, h, w, K] -> statistics float32 [B, H, W, 2 * channels]."""

@@ -183,13 +183,18 @@ class Linear(nn.Module):
         return y.reshape(*x.shape[:-1], self.features)
 
 
+def at_tokens(x: jax.Array, tokens: jax.Array | None) -> jax.Array:
+    """Some of each image's tokens: x [B, L, ...], int32 [B, R] or None for all -> [B, R, ...]."""
+    return x if tokens is None else jax.vmap(lambda row, wanted: row[wanted])(x, tokens)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; by default with biases on queries and values, none on keys.
 
-    x [B, L, D], bias float32 [heads, N, N] or None, gain [D] of the output or None -> [B, L, D].
-    Tokens behind the first N are padding. `relative_grid` adds a table of this layer's own,
-    `qkv_bias` is one of QKV_BIASES. Queries are scaled before the product, the bias is added
-    unscaled. Source: beit/modeling_finetune.py, lines 78-142.
+    x [B, L, D], bias float32 [heads, N, N] or None, gain [D] of the output or None, `tokens` as in
+    `Block` -> [B, R, D]. Tokens behind the first N are padding. `relative_grid` adds a table of
+    this layer's own, `qkv_bias` is one of QKV_BIASES. Queries are scaled before the product, the
+    bias is added unscaled. Source: beit/modeling_finetune.py, lines 78-142.
     """
 
     heads: int
@@ -201,7 +206,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, bias: jax.Array | None = None, gain: jax.Array | None = None
+        self,
+        x: jax.Array,
+        bias: jax.Array | None = None,
+        gain: jax.Array | None = None,
+        tokens: jax.Array | None = None,
     ) -> jax.Array:
         batch, length, width = x.shape
         qkv = Linear(
@@ -220,8 +229,8 @@ class Attention(nn.Module):
             name = "relative_position_bias"
             own = RelativePositionBias(self.relative_grid, self.heads, name=name)()
             bias = own if bias is None else bias + own
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, self.heads, -1), 2, 0)
-        x = attend(q, k, v, bias).reshape(batch, length, width)
+        x = attend(qkv.reshape(batch, length, 3, self.heads, -1), bias)
+        x = at_tokens(x.reshape(batch, length, width), tokens)
         out = scaled(self.initial.weight, self.output_scale)
         return Linear(width, out, self.initial.bias(width), dtype=self.dtype, name="proj")(x, gain)
 
@@ -262,9 +271,10 @@ def drop_path(keys: jax.Array, rate: float) -> jax.Array:
 class Block(nn.Module):
     """A pre-norm block: x += s1 * gamma_1 * attn(norm1(x)); x += s2 * gamma_2 * mlp(norm2(x)).
 
-    x [B, L, D], bias as in `Attention`, keys [B] or None -> [B, L, D]. The factors s are those of
-    `drop_path` with keys, else 1; gamma (LayerScale) exists where `layer_scale` is above 0. Source:
-    beit/modeling_finetune.py, lines 169-182.
+    x [B, L, D], bias as in `Attention`, keys [B] or None -> [B, L, D]; of `tokens` int32 [B, R]
+    alone, if they are given: [B, R, D], after which the MLP is spared the others. The factors s are
+    those of `drop_path` with keys, else 1; gamma (LayerScale) exists where `layer_scale` is above
+    0. Source: beit/modeling_finetune.py, lines 169-182.
     """
 
     heads: int
@@ -281,7 +291,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, bias: jax.Array | None = None, keys: jax.Array | None = None
+        self,
+        x: jax.Array,
+        bias: jax.Array | None = None,
+        keys: jax.Array | None = None,
+        tokens: jax.Array | None = None,
     ) -> jax.Array:
         width = x.shape[-1]
         shared = {"output_scale": self.output_scale, "initial": self.initial, "dtype": self.dtype}
@@ -297,7 +311,8 @@ class Block(nn.Module):
         norm = partial(LayerNorm, epsilon=self.norm_epsilon, dtype=self.dtype)
         factors = None if keys is None or self.drop_path == 0 else drop_path(keys, self.drop_path)
         gamma_1, gamma_2 = self._gain(1, width), self._gain(2, width)
-        x = x + _drop(attn(norm(name="norm1")(x), bias, gamma_1), factors, 0)
+        y = attn(norm(name="norm1")(x), bias, gamma_1, tokens)
+        x = at_tokens(x, tokens) + _drop(y, factors, 0)
         return x + _drop(mlp(norm(name="norm2")(x), gamma_2), factors, 1)
 
     def _gain(self, number: int, width: int) -> jax.Array | None:

@@ -104,25 +104,28 @@ def exact_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return float32_product(jnp.concatenate([x, x], axis=1), parts)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Scaled dot-product attention: q, k, v [B, L, heads, d] -> [B, L, heads, d].
+def attend(qkv: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Scaled dot-product attention: queries, keys, values [B, L, 3, heads, d] -> [B, L, heads, d].
 
     The bias is float32 [heads, N, N] or None; tokens behind the first N are padding, to which no
     token attends. In bfloat16 an NVIDIA GPU runs cuDNN's fused kernels, which round the bias too.
     """
-    length, fused = q.shape[1], fuses(q.dtype, q.shape[-1])
+    length, fused = qkv.shape[1], fuses(qkv.dtype, qkv.shape[-1])
     if bias is not None:
         even = length + length % 2 if fused else length
-        q, k, v = (jnp.pad(x, ((0, 0), (0, even - length), (0, 0), (0, 0))) for x in (q, k, v))
+        qkv = jnp.pad(qkv, ((0, 0), (0, even - length), (0, 0), (0, 0), (0, 0)))
         rest = even - bias.shape[1]
         bias = jnp.pad(bias, ((0, 0), (0, rest), (0, 0)))
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, rest)), constant_values=-1e9)
     if fused:
-        bias = None if bias is None else bias[None].astype(q.dtype)
-        out = jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn")
+        bias = None if bias is None else bias[None].astype(qkv.dtype)
+        out = jax.nn.dot_product_attention(*_apart(qkv), bias, implementation="cudnn")
         return out[:, :length]
-    # Heads first: a CPU multiplies matrices that lie together twice as fast.
-    return _attend(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), bias).swapaxes(1, 2)
+    return _attend(qkv, bias)
+
+
+def _apart(qkv):
+    return jnp.moveaxis(qkv, 2, 0)
 
 
 def fuses(dtype: jnp.dtype, width: int) -> bool:
@@ -139,28 +142,30 @@ def fuses(dtype: jnp.dtype, width: int) -> bool:
 
 
 @jax.custom_vjp
-def _attend(q, k, v, bias):
-    """Of q, k, v [B, heads, L, d].
+def _attend(qkv, bias):
+    """The gradient is written out, since the derived one is slower and keeps more.
 
-    The gradient is written out, since the derived one is slower and keeps more. With weights P and
-    output O that of the logits is P (dP - D), where D sums dO O over d numbers (Dao et al. 2022,
-    section 3.1) in place of dP P over L, and products are of the compute dtype.
+    With weights P and output O that of the logits is P (dP - D), where D sums dO O over d numbers
+    (Dao et al. 2022, section 3.1) in place of dP P over L, and products are of the compute dtype.
     """
-    return _attend_forward(q, k, v, bias)[0]
+    return _attend_forward(qkv, bias)[0]
 
 
-def _attend_forward(q, k, v, bias):
+def _attend_forward(qkv, bias):
+    # Heads first: a CPU multiplies matrices that lie together twice as fast.
+    q, k, v = (x.swapaxes(1, 2) for x in _apart(qkv))
     q = q * q.shape[-1] ** -0.5
     logits = jnp.matmul(q, k.mT, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias[None]
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = weights @ v
-    return out, (q, k, v, bias, weights, out)
+    return out.swapaxes(1, 2), (q, k, v, bias, weights, out)
 
 
 def _attend_backward(kept, d_out):
     q, k, v, bias, weights, out = kept
+    d_out = d_out.swapaxes(1, 2)
     d_v = weights.mT @ d_out
     mean = jnp.sum(d_out * out, axis=-1, keepdims=True, dtype=jnp.float32)
     d_weights = jnp.matmul(d_out, v.mT, preferred_element_type=jnp.float32)
@@ -169,7 +174,9 @@ def _attend_backward(kept, d_out):
     if bias is not None:  # a product with ones: XLA's own sum over the batch takes a CPU's one core
         d_bias = jnp.einsum("b,bhqk->hqk", jnp.ones(len(q)), d_logits)
     d_logits = d_logits.astype(v.dtype)
-    return (d_logits @ k) * q.shape[-1] ** -0.5, d_logits.mT @ q, d_v, d_bias
+    d_q = (d_logits @ k) * q.shape[-1] ** -0.5
+    d_qkv = jnp.stack([x.swapaxes(1, 2) for x in (d_q, d_logits.mT @ q, d_v)], axis=2)
+    return d_qkv, d_bias
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -30,7 +30,7 @@ POSITIONS = (
 class Encoded(NamedTuple):
     """What the transformer gives."""
 
-    states: tuple[jax.Array, ...]  # [B, L, D] after every block, CLS first
+    states: tuple[jax.Array, ...]  # [B, L, D] after every block, CLS first; the last of `read`
     bias: jax.Array | None  # float32 [heads, L, L], the relative position bias that blocks share
     embedded: jax.Array  # [B, L, D] before the first block
 
@@ -64,7 +64,11 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, mask: jax.Array | None = None, keys: jax.Array | None = None
+        self,
+        images: jax.Array,
+        mask: jax.Array | None = None,
+        keys: jax.Array | None = None,
+        read: jax.Array | None = None,
     ) -> Encoded:
         """Returns the state after every block.
 
@@ -73,6 +77,8 @@ class ViT(nn.Module):
           mask: bool [B, N]; where true, the patch is replaced by the learned mask token, which
             exists as a parameter only in a model that is initialised with a mask.
           keys: [B] random keys switch stochastic depth on; row b's draws depend on keys[b] alone.
+          read: int32 [B, R], the tokens whose last state is wanted, CLS being 0: [B, R, D]. What
+            the last block would compute for the others alone is left out. None: all, [B, L, D].
 
         Raises:
           UserError: for a field of an unknown value, a width that the heads do not divide, and
@@ -96,7 +102,8 @@ class ViT(nn.Module):
         for i in range(self.depth):
             drop = self.drop_path * i / max(self.depth - 1, 1)
             block = make_block(self, i, grid, drop, self.initial, f"block_{i}")
-            x = block(x, bias, block_keys(keys, i))
+            last = i == self.depth - 1
+            x = block(x, bias, block_keys(keys, i), read if last else None)
             states.append(x[:, :length])
         return Encoded(tuple(states), bias, embedded)
 

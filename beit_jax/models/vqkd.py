@@ -67,16 +67,24 @@ class VQKD(nn.Module):
         )
         self.usage = self.variable("codebook", "usage", jnp.zeros, (self.codes,))
 
-    def encode(self, pixels: jax.Array) -> jax.Array:
-        """Pixels [B, H, W, ch] in [-1, 1] -> codes before normalisation float32 [B, h, w, E]."""
-        x = self.encoder_norm(self.encoder(pixels).states[-1][:, 1:])
-        x = nn.tanh(self.to_code_1(x))
-        (batch, height, width, _), size = pixels.shape, self.encoder.patch_size
-        return self.to_code_2(x).reshape(batch, height // size, width // size, self.code_width)
+    def encode(self, pixels: jax.Array, read: jax.Array | None = None) -> jax.Array:
+        """Pixels [B, H, W, ch] in [-1, 1] -> codes before normalisation float32 [B, h, w, E].
 
-    def tokens(self, pixels: jax.Array) -> jax.Array:
-        """Pixels [B, H, W, ch] in [-1, 1] -> the nearest codes int32 [B, h, w]."""
-        return quantizer.quantize(self.encode(pixels), self.vectors.value).tokens
+        Those of the patches `read` alone, int32 [B, M] in the row-major grid, are [B, M, E].
+        """
+        if read is None:
+            x = self.encoder(pixels).states[-1][:, 1:]
+        else:
+            x = self.encoder(pixels, read=read + 1).states[-1]
+        x = self.to_code_2(nn.tanh(self.to_code_1(self.encoder_norm(x))))
+        if read is not None:
+            return x
+        (batch, height, width, _), size = pixels.shape, self.encoder.patch_size
+        return x.reshape(batch, height // size, width // size, self.code_width)
+
+    def tokens(self, pixels: jax.Array, read: jax.Array | None = None) -> jax.Array:
+        """Pixels [B, H, W, ch] in [-1, 1] -> the nearest codes int32 [B, h, w], or [B, M]."""
+        return quantizer.quantize(self.encode(pixels, read), self.vectors.value).tokens
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Codes float32 [B, h, w, E] on the unit sphere -> features float32 [B, N, T]."""

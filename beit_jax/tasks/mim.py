@@ -18,6 +18,7 @@ from beit_jax.data.pipeline import View
 from beit_jax.data.record import Source
 from beit_jax.errors import UserError
 from beit_jax.models.beit import MaskedImageModel
+from beit_jax.models.layers import at_tokens
 from beit_jax.pictures import picture_rows
 from beit_jax.task import Purpose, Task, Weights, example_weights, keys_for, row_keys
 from beit_jax.tasks.targets import Pixels, Tokens
@@ -60,7 +61,7 @@ class Pretraining(NamedTuple):
             views = dict(zip(views, jittered, strict=True))
         masked = self.masked_indices(keys)
         read = masked if self.config.mim.predict == "masked" else self.all_indices(masked)
-        labels = _at(self.target.labels(frozen, views), read)
+        labels = self.target.labels(frozen, views, read)
         drop_keys = keys_for(keys, Purpose.DROP_PATH)
         heads = self.heads(params, views["image"], masked, drop_keys, read)
         sums = self.sums(heads, labels, example_weights(batch))
@@ -71,7 +72,7 @@ class Pretraining(NamedTuple):
         weight, views = example_weights(batch), self.views(batch)
         masked = self.masked_indices(keys)
         every_label = self.target.labels(frozen, views)
-        labels = _at(every_label, masked)
+        labels = at_tokens(every_label, masked)
         heads = self.heads(params, views["image"], masked)
         nats = self.target.loss(heads[0], labels).sum(1)
         return {
@@ -188,11 +189,6 @@ def assemble(config, source: Source, target: Tokens | Pixels, copies) -> Task:
         predict=parts.predict,
         evaluators=evaluators,
     )
-
-
-def _at(labels: jax.Array, indices: jax.Array) -> jax.Array:
-    """Labels [B, N] or [B, N, values] of patches int32 [B, M]."""
-    return jax.vmap(lambda row, chosen: row[chosen])(labels, indices)
 
 
 def _target(config, grid: tuple[int, int], run: Path):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from beit_jax import losses
 from beit_jax.augment import normalize
 from beit_jax.data.geometry import View
+from beit_jax.models.layers import at_tokens
 from beit_jax.task import Sums, mean_of_sums
 from beit_jax.tokenizer import Tokenizer
 
@@ -23,7 +24,7 @@ _RESIZES = {"bilinear": "linear", "bicubic": "cubic", "lanczos": "lanczos3"}
 
 
 class Tokens(NamedTuple):
-    """A frozen tokenizer's codes: labels int32 [B, N]."""
+    """A frozen tokenizer's codes: labels int32 [B, N], or of the patches read int32 [B, M]."""
 
     tokenizer: Tokenizer
     grid: tuple[int, int]  # of the encoder's patches, one code each
@@ -64,9 +65,9 @@ class Tokens(NamedTuple):
         return self.tokenizer.variables
 
     @jax.named_scope("tokenizer")
-    def labels(self, frozen, images: Images) -> jax.Array:
-        codes = self.tokenizer.tokens(frozen, self.look(images))
-        chex.assert_shape(codes, (None, *self.grid))
+    def labels(self, frozen, images: Images, read: jax.Array | None = None) -> jax.Array:
+        codes = self.tokenizer.tokens(frozen, self.look(images), read)
+        chex.assert_shape(codes, (None, *self.grid) if read is None else read.shape)
         return codes.reshape(len(codes), -1)
 
     def guess(self, logits: jax.Array) -> jax.Array:
@@ -123,7 +124,10 @@ class Tokens(NamedTuple):
 
 
 class Pixels(NamedTuple):
-    """The encoder's own normalised pixels, patch by patch: labels float32 [B, N, P * P * ch]."""
+    """The encoder's own normalised pixels, patch by patch: labels float32 [B, N, P * P * ch].
+
+    Of the patches read int32 [B, M] alone they are [B, M, P * P * ch].
+    """
 
     patch: int  # P, pixels
     grid: tuple[int, int]
@@ -139,11 +143,11 @@ class Pixels(NamedTuple):
         """Pixel values of a patch."""
         return self.patch**2 * self.channels
 
-    def labels(self, frozen, images: Images) -> jax.Array:
+    def labels(self, frozen, images: Images, read: jax.Array | None = None) -> jax.Array:
         (height, width), size = self.grid, self.patch
         x = normalize(images["image"], self.mean, self.std)
         x = x.reshape(-1, height, size, width, size, self.channels).swapaxes(2, 3)
-        return x.reshape(-1, height * width, self.outputs)
+        return at_tokens(x.reshape(-1, height * width, self.outputs), read)
 
     def guess(self, values: jax.Array) -> jax.Array:
         return values
