@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import statistics
-import time
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -18,16 +17,13 @@ def measure(config: ConfigDict, folder: Path, options: argparse.Namespace) -> di
     Each turn is a save among as many updates as its writing takes.
     """
     training = step.make_steps(config, folder)["step"]
-    timing.in_turns({"step": training}, step.WARM_UP)
     alone = timing.in_turns({"step": training}, options.repeats)["step"]
     keeper = checkpoint.Keeper(folder, keep=1, best=config.eval.best, maximize=False)
     still, slowed = [], []
     with contextlib.closing(keeper):
         for _ in range(options.repeats):
-            started = time.perf_counter()
-            keeper.save(training.state)
-            still.append(time.perf_counter() - started)
-            slowed += timing.in_turns({"step": training}, 1)["step"]
+            still.append(timing.seconds(lambda: keeper.save(training.state)))
+            slowed.append(timing.seconds(training))
             keeper.wait()
     seconds = statistics.median(alone)
     lost = statistics.median(still) + max(0.0, statistics.median(slowed) - seconds)

@@ -60,7 +60,6 @@ def measure(config: ConfigDict, folder: Path, options: argparse.Namespace) -> di
             "decode": lambda: [_decode(source[i].image, data) for i in _some(order)],
             "pil": lambda: [official(source[i].image, view, data, chance) for i in _some(order)],
         }
-        timing.in_turns(programs, 1)
         seconds = timing.in_turns(programs, options.repeats)
         next(together)
         started = time.perf_counter()

@@ -44,7 +44,6 @@ def measure(config: ConfigDict, folder: Path, options: argparse.Namespace) -> di
         "device": lambda: jax.block_until_ready([drawn(keys) for _ in range(starts)]),
         "python": python_loop,
     }
-    timing.in_turns(programs, 1)
     seconds = timing.in_turns(programs, options.repeats)
     return {
         "masks_per_second": starts * MASKS / statistics.median(seconds["device"]),

@@ -22,7 +22,6 @@ from beit_jax.tokenizer import Tokenizer, from_weights
 from beit_jax.train import TrainState
 
 PARTS = ("tokenizer", "masking", "encoder", "lm_head", "optimizer")
-WARM_UP = 2  # turns that are not measured
 
 
 class Step:
@@ -82,7 +81,6 @@ def measure(config: ConfigDict, folder: Path, options: argparse.Namespace) -> di
         name: partial(_several, program, updates) for name, program in {**steps, **peers}.items()
     }
     programs["product"] = product
-    timing.in_turns(programs, WARM_UP)
     turns = timing.in_turns(programs, options.repeats)
     seconds = {name: [turn / updates for turn in turns[name]] for name in {**steps, **peers}}
 
