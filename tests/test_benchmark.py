@@ -1,6 +1,8 @@
 """The benchmark: FLOPs counted right, parts that add up, and every command in small."""
 
+import itertools
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 
 from beit_jax.architecture import images_of, make_masked_image_model
 from beit_jax.benchmark import __main__ as benchmark
-from beit_jax.benchmark import profile
+from beit_jax.benchmark import profile, timing
 from beit_jax.benchmark.flops import matrix_flops
 from beit_jax.benchmark.masking import mask_in_python
 from configs import mim_base
@@ -42,6 +44,12 @@ def test_flops_of_base_are_those_on_paper():
     # sum over the batch in every block.
     backward = 2 * forward - 2 * 196 * (16 * 16 * 3) * width + 12 * 2 * 12 * length**2
     assert matrix_flops(jax.grad(loss), params) == 2 * (forward + backward)
+
+
+def test_of_a_turns_two_runs_the_second_counts():
+    waits = itertools.cycle([0.2, 0.0])
+    found = timing.in_turns({"program": lambda: time.sleep(next(waits))}, 3)
+    assert len(found["program"]) == 3 and max(found["program"]) < 0.1
 
 
 def test_flops_follow_loops_and_convolutions():

@@ -49,8 +49,8 @@ class MaskedImageModel(nn.Module):
         grid = (images.shape[1] // size, images.shape[2] // size)
         mask = (indices[:, :, None] == jnp.arange(grid[0] * grid[1])[None, None, :]).any(axis=1)
         read = (indices if read is None else read) + 1  # CLS is token 0
-        last = jnp.pad(read, ((0, 0), (1, 0))) if self.early_layers else read
-        states, bias, _ = vit(images, mask, keys, last)
+        wanted = jnp.pad(read, ((0, 0), (1, 0))) if self.early_layers else read  # CLS besides
+        states, bias, _ = vit(images, mask, keys, wanted)
         norm = partial(LayerNorm, epsilon=vit.norm_epsilon, dtype=vit.dtype)
         head = partial(_head, self.vocabulary, dtype=vit.dtype, kernel_init=vit.initial.weight)
         final_norm, final_head = norm(name="norm"), head(name="lm_head")
