@@ -8,9 +8,9 @@ from beit_jax.errors import UserError
 ABOVE_ZERO = (
     "data.channels", "data.max_value", "data.eval_crop", "dvae.groups", "dvae.blocks_per_group",
     "dvae.width", "dvae.decoder_input", "model.patch_size", "model.width", "model.depth",
-    "model.heads", "model.mlp_ratio", "model.head_layers", "eval.batch_size", "train.batch_size",
-    "train.accumulate", "train.log_every", "train.checkpoint_every", "train.keep",
-    "train.max_skipped", "train.max_failed_saves",
+    "model.heads", "model.mlp_ratio", "eval.batch_size", "train.batch_size", "train.accumulate",
+    "train.log_every", "train.checkpoint_every", "train.keep", "train.max_skipped",
+    "train.max_failed_saves",
     "vqkd.codes", "vqkd.code_width", "vqkd.decoder_depth", "vqkd.kmeans_vectors", "vqkd.dead_after",
     "model.norm_epsilon", "segment.short_side",
 )  # fmt: skip
@@ -49,6 +49,8 @@ def check(config: ConfigDict) -> None:
     for key in SHARES:
         if not 0 <= values[key] <= 1:
             refuse(key, "from 0 to 1")
+    if values["model.early_layers"] and not values["model.head_layers"] > 0:
+        refuse("model.head_layers", "above 0 where model.early_layers is")
     size = values["data.image_size"]
     if len(size) != 2 or min(size) < 1 or any(int(x) != x for x in size):
         refuse("data.image_size", "(height, width) in whole pixels")

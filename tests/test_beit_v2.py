@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from golden_files import checkpoint, indices, load, nhwc, shapes, weights
+from golden_files import checkpoint, indices, load, nhwc, random_params, shapes, weights
 
 from beit_jax.errors import UserError
 from beit_jax.interop.beit import official
@@ -98,6 +98,19 @@ def test_the_branch_starts_as_officially():
     for name in ("lm_head", "cls_lm_head"):
         np.testing.assert_allclose(params[name]["kernel"].std(), 0.0108, rtol=0.05)
         assert not params[name]["bias"].any()
+
+
+def test_a_branch_of_two_blocks_says_of_the_masked_patches_what_it_says_among_all():
+    model = MaskedImageModel(TINY, 64, early_layers=2, head_layers=2)
+    images = np.random.default_rng(0).standard_normal((2, 64, 64, 3), np.float32)
+    masked, everywhere = np.array([[3, 14], [9, 0]]), np.tile(np.arange(16), (2, 1))
+    params = random_params(model, images, masked)
+    apply = jax.jit(model.apply)
+    found = apply({"params": params}, images, masked)
+    expected = apply({"params": params}, images, masked, read=everywhere)
+    for ours, all_of_them in zip(found, expected, strict=True):
+        picked = np.take_along_axis(np.asarray(all_of_them), masked[:, :, None], axis=1)
+        np.testing.assert_allclose(ours, picked, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ FAST_KEY = jax.random.key(3, impl="rbg")
 TINY = dict(patch_size=4, width=24, depth=2, heads=3)
 # 2 x 3 patches, five channels.
 IMAGES = np.random.default_rng(1).standard_normal((4, 8, 12, 5), np.float32)
+READ = np.array([[0, 5], [2, 1], [6, 3], [4, 4]])  # tokens
 
 
 def apply(module, params, *inputs):
@@ -51,7 +52,7 @@ def test_fused_attention_changes_nothing_but_rounding(positions, monkeypatch):
 
     def traced_anew():
         def states(params):
-            return module.apply({"params": params}, IMAGES).states
+            return module.apply({"params": params}, IMAGES, read=READ).states
 
         gradient = jax.grad(lambda params: states(params)[-1].sum())
         return jax.jit(lambda params: (states(params), gradient(params)))(params)
@@ -130,18 +131,16 @@ def test_tokens_that_are_read_have_the_states_and_gradients_of_all(remat):
     module = ViT(**TINY, remat=remat, drop_path=0.5)
     params = random_params(module, IMAGES)
     keys = jax.random.split(jax.random.key(5), 4)
-    read = np.array([[0, 5], [2, 1], [6, 3], [4, 4]])
 
     def total(params, read):
         states = module.apply({"params": params}, IMAGES, None, keys, read).states
-        last = states[-1] if read is not None else at_tokens(states[-1], every)
+        last = states[-1] if read is not None else at_tokens(states[-1], READ)
         return jnp.sum(jnp.sin(last)), states
 
-    every = read
-    (_, found), ours = jax.jit(jax.value_and_grad(total, has_aux=True))(params, read)
+    (_, found), ours = jax.jit(jax.value_and_grad(total, has_aux=True))(params, READ)
     (_, expected), derived = jax.jit(jax.value_and_grad(total, has_aux=True))(params, None)
     assert [state.shape[1] for state in found] == [7] * (module.depth - 1) + [2]
-    expected = (*expected[:-1], np.take_along_axis(np.asarray(expected[-1]), read[:, :, None], 1))
+    expected = (*expected[:-1], np.take_along_axis(np.asarray(expected[-1]), READ[:, :, None], 1))
     chex.assert_trees_all_close((found, ours), (expected, derived), atol=1e-5)
 
 

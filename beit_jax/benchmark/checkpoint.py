@@ -14,7 +14,7 @@ from beit_jax.benchmark import step, timing
 def measure(config: ConfigDict, folder: Path, options: argparse.Namespace) -> dict:
     """How long the loop stands still for a save, and how much slower it is until it is written.
 
-    Each turn is a save among as many updates as its writing takes.
+    Each turn is a save, the update after it, and the wait until it is written.
     """
     training = step.make_steps(config, folder)["step"]
     alone = timing.in_turns({"step": training}, options.repeats)["step"]

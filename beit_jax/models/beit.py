@@ -43,7 +43,8 @@ class MaskedImageModel(nn.Module):
           indices: int32 [B, M], the masked patches of each image in the row-major grid; -1 masks
             nothing.
           keys: [B] random keys for stochastic depth in training, None otherwise.
-          read: int32 [B, M], the patches whose logits are wanted; None: the masked ones.
+          read: int32 [B, M], the patches whose logits are wanted; None: the masked ones, none of
+            which may be -1 then.
         """
         vit, size = self.encoder, self.encoder.patch_size
         grid = (images.shape[1] // size, images.shape[2] // size)

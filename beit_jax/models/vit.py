@@ -104,7 +104,7 @@ class ViT(nn.Module):
             block = make_block(self, i, grid, drop, self.initial, f"block_{i}")
             last = i == self.depth - 1
             x = block(x, bias, block_keys(keys, i), read if last else None)
-            states.append(x[:, :length])
+            states.append(x if last and read is not None else x[:, :length])
         return Encoded(tuple(states), bias, embedded)
 
     def _tokens(self, patches: jax.Array, mask: jax.Array | None) -> jax.Array:
