@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import linen as nn
 from golden_files import checkpoint, indices, load, nhwc, random_params, shapes, weights
 
+from beit_jax import limits
 from beit_jax.errors import UserError
 from beit_jax.interop.beit import official
 from beit_jax.interop.table import export_params
@@ -136,6 +138,12 @@ def test_stochastic_depth_goes_on_in_the_branch(depth, early, expected):
     np.testing.assert_allclose([rates["cls_block_0"], rates["cls_block_1"]], expected)
     np.testing.assert_allclose([rates[f"block_{i}"] for i in (0, depth - 1)], [0, 0.33])
     assert shared["cls_block_0"] is shared["block_0"] is not None
+
+
+def test_a_branch_without_blocks_is_refused():
+    limits.check(tiny.config("mim", model__early_layers=0, model__head_layers=0))
+    with pytest.raises(UserError, match="config.model.head_layers=0 must be above 0"):
+        limits.check(tiny.config("mim", model__early_layers=1, model__head_layers=0))
 
 
 def test_a_branch_of_all_blocks_names_the_key():
