@@ -12,9 +12,11 @@ from beit_jax.models.layers import (
     Attention,
     Block,
     PatchEmbed,
-    RelativePositionBias,
     clipped_normal,
     drop_path,
+)
+from beit_jax.models.positions import (
+    RelativePositionBias,
     relative_position_index,
     relative_position_rows,
 )

@@ -7,7 +7,7 @@ import pytest
 from golden_files import GOLDEN, load
 
 from beit_jax import resize
-from beit_jax.models.layers import relative_position_index
+from beit_jax.models.positions import relative_position_index
 
 pytestmark = pytest.mark.smoke
 

@@ -25,7 +25,7 @@ from beit_jax.interop.family import (
 )
 from beit_jax.interop.table import Buffer, Table, dense, norm, prefixed
 from beit_jax.interop.vit import BLOCK, VIT
-from beit_jax.models.layers import relative_position_index, relative_position_rows
+from beit_jax.models.positions import relative_position_index, relative_position_rows
 
 _TABLE, _INDEX = "relative_position_bias_table", "relative_position_index"
 _SHARED_BIAS = "encoder/relative_position_bias/table"

@@ -119,13 +119,9 @@ def attend(qkv: jax.Array, bias: jax.Array | None) -> jax.Array:
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, rest)), constant_values=-1e9)
     if fused:
         bias = None if bias is None else bias[None].astype(qkv.dtype)
-        out = jax.nn.dot_product_attention(*_apart(qkv), bias, implementation="cudnn")
+        out = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0), bias, implementation="cudnn")
         return out[:, :length]
     return _attend(qkv, bias)
-
-
-def _apart(qkv):
-    return jnp.moveaxis(qkv, 2, 0)
 
 
 def fuses(dtype: jnp.dtype, width: int) -> bool:
@@ -153,7 +149,7 @@ def _attend(qkv, bias):
 
 def _attend_forward(qkv, bias):
     # Heads first: a CPU multiplies matrices that lie together twice as fast.
-    q, k, v = (x.swapaxes(1, 2) for x in _apart(qkv))
+    q, k, v = (x.swapaxes(1, 2) for x in jnp.moveaxis(qkv, 2, 0))
     q = q * q.shape[-1] ** -0.5
     logits = jnp.matmul(q, k.mT, preferred_element_type=jnp.float32)
     if bias is not None:

@@ -14,9 +14,9 @@ from beit_jax.models.layers import (
     Init,
     LayerNorm,
     PatchEmbed,
-    RelativePositionBias,
 )
 from beit_jax.models.ops import ACTIVATIONS, fuses
+from beit_jax.models.positions import RelativePositionBias
 
 POSITIONS = (
     "absolute",
@@ -102,9 +102,9 @@ class ViT(nn.Module):
         for i in range(self.depth):
             drop = self.drop_path * i / max(self.depth - 1, 1)
             block = make_block(self, i, grid, drop, self.initial, f"block_{i}")
-            last = i == self.depth - 1
-            x = block(x, bias, block_keys(keys, i), read if last else None)
-            states.append(x if last and read is not None else x[:, :length])
+            tokens = read if i == self.depth - 1 else None
+            x = block(x, bias, block_keys(keys, i), tokens)
+            states.append(x[:, :length] if tokens is None else x)
         return Encoded(tuple(states), bias, embedded)
 
     def _tokens(self, patches: jax.Array, mask: jax.Array | None) -> jax.Array:

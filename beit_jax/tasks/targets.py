@@ -66,9 +66,8 @@ class Tokens(NamedTuple):
 
     @jax.named_scope("tokenizer")
     def labels(self, frozen, images: Images, read: jax.Array | None = None) -> jax.Array:
-        look = self.look(images)
-        chex.assert_shape(jax.eval_shape(self.tokenizer.tokens, frozen, look), (None, *self.grid))
-        codes = self.tokenizer.tokens(frozen, look, read)
+        codes = self.tokenizer.tokens(frozen, self.look(images), read)
+        chex.assert_shape(codes, (None, *self.grid) if read is None else read.shape)
         return codes.reshape(len(codes), -1)
 
     def guess(self, logits: jax.Array) -> jax.Array:
